@@ -1,0 +1,1 @@
+"""Head architectures, one file each: hidden states of the trunk -> hidden states per offset."""

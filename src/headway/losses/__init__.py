@@ -1,0 +1,1 @@
+"""Hidden states, an unembedding and labels -> the multi-token loss."""

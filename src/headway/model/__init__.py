@@ -1,0 +1,1 @@
+"""The multi-token model: heads as an adapter on an intact Hugging Face causal LM."""
