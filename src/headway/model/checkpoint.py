@@ -1,0 +1,295 @@
+"""A multi-token model on disk: a plain checkpoint of its base, with the heads under `mtp/`.
+
+    config.json, generation_config.json           the base's own
+    model.safetensors(.index.json)                the base's weights and the list of files that engines shall read
+    mtp/config.json                               versioned: what was added, which base it belongs to, checksum
+    mtp/heads.safetensors                         heads of offsets 2..n
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from headway.errors import CheckpointError, HeadwayError
+from headway.model.config import FORMAT_VERSION, MultiTokenConfig
+from headway.model.fingerprint import base_fingerprint, same_base
+from headway.model.folder import HEADS_FOLDER, write_folder
+from headway.provenance import provenance
+
+CONFIG_FILE = f"{HEADS_FOLDER}/config.json"
+HEADS_FILE = f"{HEADS_FOLDER}/heads.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_FORMAT = "headway-multi-token"
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+
+
+def save_model(
+    model: Any,
+    save_directory: str | PathLike[str],
+    *,
+    state_dict: Mapping[str, Tensor] | None,
+    overwrite: bool,
+    max_shard_size: int | str,
+    **kwargs: Any,
+) -> None:
+    """See `MultiTokenLM.save_pretrained`."""
+    base_state, heads_state = _split(model, state_dict)
+
+    def write(folder: Path) -> None:
+        model.base.save_pretrained(folder, state_dict=base_state, max_shard_size=max_shard_size, **kwargs)
+        _write_index(folder)
+        _write_heads(model, folder, heads_state, name=None)
+
+    write_folder(
+        save_directory,
+        write,
+        overwrite=overwrite,
+        replaces=("config.json", "model.safetensors", INDEX_FILE, CONFIG_FILE, HEADS_FILE),
+    )
+
+
+def save_heads(model: Any, save_directory: str | PathLike[str], *, overwrite: bool) -> None:
+    """See `MultiTokenLM.save_heads`."""
+
+    def write(folder: Path) -> None:
+        _write_heads(model, folder, _split(model, None)[1], name=model.name_or_path or None)
+
+    write_folder(save_directory, write, overwrite=overwrite, replaces=("config.json", CONFIG_FILE, HEADS_FILE))
+
+
+def has_heads(folder: str | PathLike[str]) -> bool:
+    """Whether a local folder holds heads."""
+    return (Path(folder) / CONFIG_FILE).is_file()
+
+
+def load_model(cls: Any, source: str | PathLike[str], *, base: Any = None, **kwargs: Any) -> Any:
+    """See `MultiTokenLM.from_pretrained`."""
+    hub_options = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
+    folder = _local_folder(source, hub_options)
+    record = _read_config(folder)
+    mtp_config = _multi_token_config(record, folder)
+    tensors = _read_heads(folder, record)
+    if base is None:
+        base = _load_base(folder, record, kwargs | hub_options)
+    if not same_base(record["base"]["fingerprint"], base):
+        raise CheckpointError(
+            f"the heads in {folder} belong to another base ({record['base'].get('name') or record['base']['model_type']}): "
+            f"the weights of the given one differ from its fingerprint; load the base that the heads were trained with, "
+            f"or attach new heads to this one with attach_heads",
+            path=folder,
+        )
+    was_training = base.training
+    model = cls(base, mtp_config)
+    _load_heads(model, tensors, folder, keep_dtype="dtype" not in kwargs)
+    model.train(was_training)
+    return model
+
+
+def _split(model: Any, state_dict: Mapping[str, Tensor] | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    state = model.state_dict() if state_dict is None else state_dict
+    foreign = [name for name in state if not name.startswith(("base.", "heads."))]
+    if foreign:
+        raise CheckpointError(
+            f"cannot save a state dict with the key {foreign[0]!r}: keys of a multi-token model start with 'base.' or "
+            f"'heads.'; merge or unload adapters before saving"
+        )
+    base = {name.removeprefix("base."): tensor for name, tensor in state.items() if name.startswith("base.")}
+    heads = {name.removeprefix("heads."): tensor for name, tensor in state.items() if name.startswith("heads.")}
+    missing = set(model.heads.state_dict()) - set(heads)
+    if missing:
+        raise CheckpointError(
+            f"cannot save: the state dict lacks {len(missing)} tensors of the heads (first: {sorted(missing)[0]}); pass "
+            f"the whole model's state dict"
+        )
+    return base, heads
+
+
+def _write_index(folder: Path) -> None:
+    index = folder / INDEX_FILE
+    if index.exists():
+        return
+    weight_map, total = {}, 0
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - not a mapping
+            weight_map[name] = "model.safetensors"
+            tensor = file.get_tensor(name)
+            total += tensor.numel() * tensor.element_size()
+    index.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True))
+
+
+def _write_heads(model: Any, folder: Path, heads_state: Mapping[str, Tensor], *, name: str | None) -> None:
+    (folder / HEADS_FOLDER).mkdir()
+    heads_path = folder / HEADS_FILE
+    save_file({key: tensor.detach().contiguous() for key, tensor in heads_state.items()}, heads_path, {"format": "pt"})
+    text_config = model.config
+    record = {
+        "format": _FORMAT,
+        "format_version": FORMAT_VERSION,
+        "multi_token": model.mtp_config.to_dict(),
+        "base": {
+            "model_type": text_config.model_type,
+            "name": _shareable(name),
+            "num_hidden_layers": text_config.num_hidden_layers,
+            "hidden_size": text_config.hidden_size,
+            "vocab_size": text_config.vocab_size,
+            "fingerprint": base_fingerprint(model.base),
+        },
+        "heads_sha256": _sha256(heads_path),
+        "num_tensors": len(heads_state),
+        "provenance": {key: value for key, value in provenance().items() if key != "argv"},
+    }
+    (folder / CONFIG_FILE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _shareable(name: str | None) -> str | None:
+    """A hub name as it is; of a local path only the last part, since a folder of this machine means nothing elsewhere."""
+    if not name:
+        return None
+    return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
+
+
+def _local_folder(source: str | PathLike[str], hub_options: Mapping[str, Any]) -> Path:
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    name = fspath(source)
+    if folder.exists() or folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise CheckpointError(f"there is no model folder {name}; check the path", path=name)
+    try:
+        return Path(snapshot_download(name, **hub_options))
+    except Exception as error:
+        raise CheckpointError(
+            f"{name} is neither a folder here nor a repository that could be fetched ({type(error).__name__}); check the "
+            f"name and the connection",
+            path=name,
+        ) from error
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        if (folder / HEADS_FILE).exists():
+            raise CheckpointError(f"{folder} is half written: it has heads but no {CONFIG_FILE}; save it again", path=path)
+        raise CheckpointError(
+            f"{folder} has no heads ({CONFIG_FILE} is missing): it is a plain checkpoint or not a model; load it with "
+            f"AutoModelForCausalLM and give it heads with attach_heads",
+            path=path,
+        )
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        version, base = record["format_version"], record["base"]
+        if record["format"] != _FORMAT or not {"fingerprint", "model_type"} <= base.keys() or "heads_sha256" not in record:
+            raise KeyError("format")
+    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); restore it or save again", path=path) from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {version}, this headway reads {FORMAT_VERSION}; use the headway that wrote it",
+            path=path,
+        )
+    return dict(record)
+
+
+def _multi_token_config(record: Mapping[str, Any], folder: Path) -> MultiTokenConfig:
+    try:
+        return MultiTokenConfig.from_dict(record["multi_token"])
+    except (HeadwayError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE} is damaged: {error}", path=folder / CONFIG_FILE) from error
+
+
+def _read_heads(folder: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
+    path = folder / HEADS_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is half written: {HEADS_FILE} is missing; save it again", path=path)
+    if _sha256(path) != record["heads_sha256"]:
+        raise CheckpointError(
+            f"{path} is truncated or was changed: its checksum is not the one in {CONFIG_FILE}; restore it or save again",
+            path=path,
+        )
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; restore it or save again", path=path) from error
+
+
+def _load_base(folder: Path, record: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+    if (folder / "config.json").is_file():
+        _check_index(folder)
+        where: Any = folder
+    elif any(folder.glob("*.safetensors")):
+        raise CheckpointError(f"{folder} is half written: it has weights but no config.json; save it again", path=folder)
+    else:
+        where = record["base"].get("name")
+        if not where:
+            raise CheckpointError(
+                f"{folder} holds heads only and does not name its base; pass base=AutoModelForCausalLM.from_pretrained(...)",
+                path=folder,
+            )
+    try:
+        base, report = AutoModelForCausalLM.from_pretrained(where, output_loading_info=True, **options)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"the base {where} cannot be loaded: {reason}; restore its files, or pass base=... for a heads-only folder",
+            path=where,
+        ) from error
+    lost = sorted(report.get("missing_keys", ())) + sorted(map(str, report.get("mismatched_keys", ())))
+    if lost:
+        raise CheckpointError(
+            f"the weights in {where} do not fill the base: {len(lost)} tensors are missing or of another shape (first: "
+            f"{lost[0]}); restore its files",
+            path=where,
+        )
+    return base
+
+
+def _check_index(folder: Path) -> None:
+    path = folder / INDEX_FILE
+    if not path.is_file():
+        return
+    try:
+        files = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged ({type(error).__name__}); restore it or save again", path=path) from error
+    for name in files:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} is half written: {name} is missing; restore it or save again", path=folder / name)
+
+
+def _load_heads(model: Any, tensors: dict[str, Tensor], folder: Path, *, keep_dtype: bool) -> None:
+    own = model.heads.state_dict()
+    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    shapes = [
+        f"{name}: {tuple(tensors[name].shape)} in the file, {tuple(own[name].shape)} in the model"
+        for name in sorted(own.keys() & tensors.keys())
+        if tensors[name].shape != own[name].shape
+    ]
+    if missing or unexpected or shapes:
+        first = (missing or unexpected or shapes)[0]
+        raise CheckpointError(
+            f"the heads in {folder} do not fit the model: {len(missing)} tensors missing, {len(unexpected)} too many, "
+            f"{len(shapes)} of another shape (first: {first}); the folder mixes two models, restore it",
+            path=folder / HEADS_FILE,
+        )
+    with torch.no_grad():
+        if keep_dtype:
+            for name, parameter in model.heads.named_parameters():
+                parameter.data = parameter.data.to(tensors[name].dtype)
+        model.heads.load_state_dict(tensors, strict=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,494 @@
+"""`MultiTokenLM`: an intact causal LM with heads for the tokens after the next one.
+
+Legend: B batch, T positions, D width, V vocabulary, N future tokens, L layers of the base.
+
+    input_ids -> [ base: embed -> layers 1..L-1 -> (z) -> layer L -> norm -> lm_head ] -> logits           offset 1
+                                                    |
+                                                    +-> heads[0] -> same norm -> same lm_head              offset 2
+                                                    +-> heads[1] -> ...                                    offset 3
+"""
+
+from __future__ import annotations
+
+import copy
+from os import PathLike
+from typing import Any, ClassVar, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from headway.errors import ConfigError, DecodingError
+from headway.heads.transformer import transformer_heads
+from headway.losses.chunked import MultiTokenLoss, chunked_loss
+from headway.model.checkpoint import load_model, save_heads, save_model
+from headway.model.config import MultiTokenConfig
+from headway.model.documents import AttentionMask, isolating_mask, positions_from_documents
+from headway.model.families import Family, check_config, check_parity, resolve_family
+from headway.model.output import MultiTokenOutput, OffsetHiddenStates
+from headway.model.tap import LastLayerTap
+
+
+class DecodingEngine(Protocol):
+    """What the decoding room registers (`register_engine`), so that this room need not know it."""
+
+    def generate(self, model: Any, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+        """Serve `MultiTokenLM.generate`."""
+
+    def sample(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Serve the sampling step of the Hugging Face `generate`."""
+
+
+_engine: list[DecodingEngine] = []
+
+
+def register_engine(engine: DecodingEngine) -> None:
+    """Make `engine` the one that `MultiTokenLM.generate` uses; the last registration counts."""
+    _engine[:] = [engine]
+
+
+def _registered_engine() -> DecodingEngine:
+    if not _engine:
+        raise DecodingError("no decoding engine is loaded; import headway.decoding.engine, or use headway.MultiTokenLM")
+    return _engine[0]
+
+
+class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """A causal LM that predicts the next n tokens at every position.
+
+    With `num_future_tokens=1` it is its base: bit-equal logits, equal loss and gradients.
+
+    Attributes:
+        base: the Hugging Face model, untouched.
+        heads: n - 1 modules; item i predicts offset i + 2.
+        mtp_config: what was added.
+        family: the parts of the base that the heads use.
+
+    Source: Gloeckle et al. 2024 (arXiv:2404.19737), section 2.
+    """
+
+    base_model_prefix = "base"
+    supports_gradient_checkpointing = True
+    main_input_name = "input_ids"
+    config: PreTrainedConfig
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = False
+    _is_stateful: ClassVar[bool] = False
+
+    def __init__(self, base: Any, mtp_config: MultiTokenConfig) -> None:
+        """Attach heads to `base`; see `headway.attach_heads` and `from_config`.
+
+        Raises:
+            IncompatibleModelError: see `headway.model.families`.
+        """
+        family = resolve_family(base)
+        super().__init__(base.config)
+        self.mtp_config = mtp_config
+        self.family = family
+        self.heads = transformer_heads(
+            family.last_layer,
+            num_heads=mtp_config.num_future_tokens - 1,
+            first_layer_idx=len(family.layers),
+            initialize=base._init_weights if mtp_config.head_init == "fresh" else None,
+        )
+        self.base = base
+        self.generation_config = base.generation_config
+        self.name_or_path = base.name_or_path
+        self._tap = LastLayerTap(family.last_layer)
+        self.post_init()
+        self.train(base.training)
+        check_parity(base, family, self._parity_logits)
+
+    def init_weights(self) -> None:
+        """Nothing: the base comes with its weights and the heads were made from it."""
+
+    @property
+    def num_future_tokens(self) -> int:
+        """N, the next token included."""
+        return self.mtp_config.num_future_tokens
+
+    # ------------------------------------------------------------------------------------------------ building
+
+    @classmethod
+    def from_config(cls, base_config: Any, mtp_config: MultiTokenConfig, **kwargs: Any) -> MultiTokenLM:
+        """A model with random weights whose parameter count is that of an L-layer plain model.
+
+        Args:
+            base_config: `num_hidden_layers` is L in all; the base gets L - n + 1, lists with one entry per layer are cut
+                with it. The configuration given is not changed.
+            mtp_config: heads are always drawn fresh here.
+            kwargs: for `AutoModelForCausalLM.from_config`, such as dtype or attn_implementation.
+
+        Raises:
+            ConfigError: n is larger than the layers allow.
+            IncompatibleModelError: an unsupported family.
+
+        Source: Gloeckle et al. 2024, section 3 (equal parameter counts: n - 1 head layers, n - 1 trunk layers fewer).
+        """
+        base = AutoModelForCausalLM.from_config(trunk_config(base_config, mtp_config), **kwargs)
+        fresh = MultiTokenConfig.from_dict(mtp_config.to_dict() | {"head_init": "fresh"})
+        return cls(base, fresh)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | PathLike[str], *, base: Any = None, **kwargs: Any
+    ) -> MultiTokenLM:
+        """Load a folder that `save_pretrained` or `save_heads` wrote, or such a repository of the hub.
+
+        Args:
+            pretrained_model_name_or_path: the folder, or a hub name.
+            base: an already loaded base for a heads-only folder; without it the base is loaded under the name that the
+                heads were saved with.
+            kwargs: for `AutoModelForCausalLM.from_pretrained`: dtype, device_map, attn_implementation,
+                trust_remote_code (off unless asked), revision, token, cache_dir, local_files_only.
+
+        Returns:
+            The model in eval mode, logits bit-equal to those of the saved one at every offset.
+
+        Raises:
+            CheckpointError: a missing, truncated, mismatched or half-written file, or heads of another base.
+        """
+        return cast(MultiTokenLM, load_model(cls, pretrained_model_name_or_path, base=base, **kwargs))
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        *,
+        overwrite: bool = False,
+        max_shard_size: int | str = "50GB",
+        **kwargs: Any,
+    ) -> None:
+        """Write the plain base at the top of a folder and the heads under `mtp/`.
+
+        The folder is a plain checkpoint of the base for every other program. It is written aside and moved, so that an
+        interrupted save leaves nothing that looks complete.
+
+        Args:
+            save_directory: the folder; its other files are kept.
+            is_main_process: only this process writes.
+            state_dict: weights to write instead of the model's own (as the Hugging Face Trainer passes them).
+            overwrite: replace a model that is already there.
+            max_shard_size: largest safetensors file of the base.
+            kwargs: accepted for the Trainer's sake and passed to the base's own `save_pretrained`.
+
+        Raises:
+            CheckpointError: the folder holds a model and `overwrite` is off, or cannot be written.
+        """
+        if is_main_process:
+            save_model(
+                self, save_directory, state_dict=state_dict, overwrite=overwrite, max_shard_size=max_shard_size, **kwargs
+            )
+
+    def save_heads(self, save_directory: str | PathLike[str], *, overwrite: bool = False) -> None:
+        """Write the heads alone, with the name and the fingerprint of their base, as one shares a LoRA.
+
+        Raises:
+            CheckpointError: the folder holds heads already and `overwrite` is off, or cannot be written.
+        """
+        save_heads(self, save_directory, overwrite=overwrite)
+
+    # ------------------------------------------------------------------------------------------------ forward
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: AttentionMask = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        *,
+        document_ids: Tensor | None = None,
+        num_valid_targets: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        return_logits: bool | None = None,
+        return_future_logits: bool = False,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> MultiTokenOutput | tuple[Any, ...]:
+        """Logits of offset 1; with `labels` the loss over all offsets; on request the logits of all offsets.
+
+        Args:
+            input_ids: tokens [B, T].
+            attention_mask: 1 for tokens, 0 for padding [B, T]; or the whole mask [B, 1, T, T], per layer type if need be.
+            position_ids: positions [B, T]; a restart starts another document, which neither sees nor predicts across it.
+            past_key_values: a cache of the base; future logits need one that the heads have filled too.
+            inputs_embeds: embeddings [B, T, D] instead of tokens.
+            labels: unshifted token ids [B, T], -100 ignored (nobody pre-shifts).
+            use_cache: build or extend a cache; off with labels and with several documents in a row.
+            document_ids: any integers that differ between neighbouring documents; without position ids, positions restart
+                where they change.
+            num_valid_targets: counts [N] to divide by instead of this batch's own, so that the loss is the mean over a
+                whole optimizer step (`headway.functional.targets.count_valid_targets`, summed over micro-batches, ranks).
+            num_items_in_batch: the Hugging Face Trainer's single count, used for every offset where
+                `num_valid_targets` is not given.
+            return_logits: with labels, logits are None unless asked for.
+            return_future_logits: also [B, T, N, V].
+            logits_to_keep: only the last so many positions' logits (0 keeps all), or these positions.
+            return_dict: False returns the tuple of the fields that are not None.
+            kwargs: for the base's own forward.
+
+        Returns:
+            `MultiTokenOutput`.
+
+        Raises:
+            DataError: labels or ids of a wrong shape or range.
+            ConfigError: packed documents with a cache that already holds tokens, or with an attention implementation
+                that takes no mask per token pair.
+        """
+        source = input_ids if input_ids is not None else inputs_embeds
+        if source is None or (input_ids is not None and inputs_embeds is not None):
+            raise ConfigError("pass exactly one of input_ids and inputs_embeds")
+        shape = (source.shape[0], source.shape[1])
+        if document_ids is not None and position_ids is None:
+            position_ids = positions_from_documents(document_ids)
+        padding_mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
+        mask = self._isolate(shape, source.device, attention_mask, position_ids, document_ids, past_key_values)
+        if mask is not attention_mask or (labels is not None and use_cache is None):
+            use_cache = False
+        all_offsets = labels is not None or return_future_logits
+        states = self.offset_hidden_states(
+            input_ids,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            num_offsets=self.num_future_tokens if all_offsets else 1,
+            **kwargs,
+        )
+        hidden = [states.last_hidden_BTD, *(self.final_norm(head_BTD) for head_BTD in states.future_hidden)]
+        loss: MultiTokenLoss | None = None
+        if labels is not None:
+            loss = chunked_loss(
+                hidden,
+                self.family.lm_head.weight,
+                labels.to(source.device),
+                offset_weights=self.mtp_config.offset_weights,
+                position_ids_BT=position_ids,
+                document_ids_BT=document_ids,
+                attention_mask_BT=padding_mask,
+                num_valid_targets_N=self._counts(num_valid_targets, num_items_in_batch, source.device),
+                soft_cap=self.family.soft_cap,
+                chunk_tokens=self.mtp_config.loss_chunk_tokens,
+            )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        future_logits = logits = None
+        if return_future_logits:
+            future_logits = torch.stack([self.unembed(hidden_BTD[:, keep]) for hidden_BTD in hidden], dim=2)
+            logits = future_logits[:, :, 0]
+        elif labels is None or return_logits:
+            logits = self.unembed(states.last_hidden_BTD[:, keep])
+        output = MultiTokenOutput(
+            loss=None if loss is None else loss.total,
+            logits=logits,
+            loss_per_offset=None if loss is None else loss.per_offset_N,
+            future_logits=future_logits,
+            past_key_values=states.past_key_values,
+            hidden_states=states.hidden_states,
+            attentions=states.attentions,
+        )
+        wants_dict = return_dict if return_dict is not None else getattr(self.config, "return_dict", True)
+        return output if wants_dict else cast(tuple[Any, ...], output.to_tuple())
+
+    def offset_hidden_states(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        attention_mask: AttentionMask = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        num_offsets: int | None = None,
+        **kwargs: Any,
+    ) -> OffsetHiddenStates:
+        """One pass through trunk and heads, without unembedding; masks and caches reach the family's forward unchanged.
+
+        Args:
+            input_ids: tokens [B, T].
+            attention_mask: as the family's own forward takes it.
+            position_ids: positions [B, T].
+            past_key_values: a cache with room for L + n - 1 layers where heads run.
+            inputs_embeds: embeddings instead of tokens.
+            use_cache: as the family's own forward takes it.
+            num_offsets: heads beyond this offset are not run; None runs all.
+            kwargs: for the base's own forward.
+
+        Raises:
+            ConfigError: a cache that the heads cannot use.
+        """
+        wanted = self.num_future_tokens if num_offsets is None else num_offsets
+        if wanted > 1:
+            past_key_values = self._cache_for_heads(past_key_values, use_cache)
+        arguments: dict[str, Any] = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+        }
+        future: tuple[Tensor, ...] = ()
+        with self._tap.armed():
+            decoder_output = self.family.decoder(**arguments, **kwargs)
+            if wanted > 1:
+                call = self._tap.call
+                future = tuple(call.replay(head) for head in list(self.heads)[: wanted - 1])
+        return OffsetHiddenStates(
+            last_hidden_BTD=decoder_output[0],
+            future_hidden=future,
+            past_key_values=getattr(decoder_output, "past_key_values", None),
+            hidden_states=getattr(decoder_output, "hidden_states", None),
+            attentions=getattr(decoder_output, "attentions", None),
+        )
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """The base's final norm, shared by all offsets."""
+        return cast(Tensor, self.family.norm(hidden))
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        """Logits of normed hidden states [..., D] -> [..., V], with the family's soft-capping."""
+        return self.family.soft_cap(self.family.lm_head(hidden))
+
+    def _isolate(
+        self,
+        shape: tuple[int, int],
+        device: torch.device,
+        attention_mask: AttentionMask,
+        position_ids: Tensor | None,
+        document_ids: Tensor | None,
+        past_key_values: Any | None,
+    ) -> AttentionMask:
+        seen = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        mask = isolating_mask(
+            self.config,
+            shape=shape,
+            dtype=self.family.lm_head.weight.dtype,
+            device=device,
+            attention_mask_BT=attention_mask if seen == 0 else None,  # type: ignore[arg-type]
+            position_ids_BT=position_ids,
+            document_ids_BT=document_ids,
+        )
+        if seen == 0:
+            return mask
+        if mask is not None:
+            raise ConfigError(
+                f"several documents in a row cannot continue a cache: it holds {seen} tokens; pass the documents without "
+                f"past_key_values, or one document per row"
+            )
+        return attention_mask
+
+    def _counts(
+        self, num_valid_targets: Tensor | None, num_items_in_batch: Tensor | int | None, device: torch.device
+    ) -> Tensor | None:
+        if num_valid_targets is not None or num_items_in_batch is None:
+            return num_valid_targets
+        return torch.as_tensor(num_items_in_batch, device=device).reshape(-1)[:1].expand(self.num_future_tokens)
+
+    def _cache_for_heads(self, past_key_values: Any | None, use_cache: bool | None) -> Any | None:
+        if past_key_values is None:
+            # Heads write at layer indices L, L+1, ...; a cache built from the config has L layers only.
+            wants_cache = self.config.use_cache if use_cache is None else use_cache
+            checkpointing = self.training and self.is_gradient_checkpointing
+            return DynamicCache() if wants_cache and not checkpointing else None
+        if isinstance(past_key_values, DynamicCache):
+            base_layers, seen = len(self.family.layers), past_key_values.get_seq_length()
+            filled = past_key_values.get_seq_length(base_layers) if len(past_key_values.layers) > base_layers else 0
+            if filled != seen or getattr(past_key_values, "layer_class_to_replicate", True) is None:
+                raise ConfigError(
+                    f"this cache has no room for the heads' keys and values, or holds {seen} tokens of the base and "
+                    f"{filled} of the heads; pass transformers.DynamicCache() without a config, filled by calls with "
+                    f"return_future_logits=True"
+                )
+        return past_key_values
+
+    def _parity_logits(self, input_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
+        with self._tap.armed():
+            last_hidden_BTD = self.family.decoder(input_ids=input_ids_BT, use_cache=False)[0]
+            replayed_BTD = self._tap.call.replay(self.family.last_layer)
+        return self.unembed(last_hidden_BTD), self.unembed(self.final_norm(replayed_BTD))
+
+    # ------------------------------------------------------------------------------------------------ generation
+
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+        """Generate as `base.generate` would, with several tokens per forward.
+
+        The signature is Hugging Face's; `num_draft_tokens` (0..n-1, default n-1) limits the draft, 0 decodes plainly.
+        Greedy output equals plain greedy output token for token. See `headway.decoding.engine`.
+
+        Raises:
+            DecodingError: a request that the engine refuses; names the way out.
+        """
+        return _registered_engine().generate(self, inputs, **kwargs)
+
+    def _sample(
+        self, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **kwargs: Any
+    ) -> Any:
+        return _registered_engine().sample(
+            self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs
+        )
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The base's own preparation of a forward's arguments."""
+        return cast(dict[str, Any], self.base.prepare_inputs_for_generation(*args, **kwargs))
+
+    # ------------------------------------------------------------------------------------------------ plumbing
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The base's token embeddings."""
+        return cast(nn.Module, self.base.get_input_embeddings())
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the base's token embeddings."""
+        self.base.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The base's unembedding, shared by all offsets."""
+        return cast(nn.Module, self.base.get_output_embeddings())
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the unembedding of the base and so of every offset."""
+        self.base.set_output_embeddings(new_embeddings)
+        self.family = resolve_family(self.base)
+
+
+def trunk_config(base_config: Any, mtp_config: MultiTokenConfig) -> Any:
+    """The configuration of the base inside an L-layer multi-token model: L - n + 1 layers.
+
+    Raises:
+        ConfigError: n is larger than the layers allow.
+        IncompatibleModelError: an unsupported family.
+    """
+    check_config(base_config)
+    total, future = int(base_config.num_hidden_layers), mtp_config.num_future_tokens
+    kept = total - future + 1
+    if kept < 1:
+        raise ConfigError(
+            f"num_future_tokens={future} needs at least {future} layers in all (n - 1 heads and the base's last): got "
+            f"num_hidden_layers={total}; lower num_future_tokens to {total} or add layers"
+        )
+    config = copy.deepcopy(base_config)
+    for name, value in vars(config).items():
+        if "layer" in name and isinstance(value, list) and len(value) == total:
+            setattr(config, name, value[:kept])
+    config.num_hidden_layers = kept
+    return config

@@ -1,0 +1,51 @@
+"""What the model's forward returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class MultiTokenOutput(ModelOutput):  # type: ignore[misc]
+    """Output of `MultiTokenLM.forward`; fields that were not asked for are None, and `out[0]` is the loss where there is one.
+
+    Attributes:
+        loss: scalar, sum over offsets of weight x mean nats over that offset's valid targets.
+        logits: [B, T, V] of offset 1, the plain model's.
+        loss_per_offset: detached mean nats per offset [N].
+        future_logits: [B, T, N, V]; index 0 is offset 1.
+        past_key_values: the cache, where one was used.
+        hidden_states: the base's own, where asked for.
+        attentions: the base's own, where asked for.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    loss_per_offset: Tensor | None = None
+    future_logits: Tensor | None = None
+    past_key_values: Any | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass(frozen=True)
+class OffsetHiddenStates:
+    """Hidden states of one pass through trunk and heads.
+
+    Attributes:
+        last_hidden_BTD: offset 1, after the final norm (the base's own decoder applies it).
+        future_hidden: offsets 2..; item i is offset i + 2, before the final norm.
+        past_key_values: the cache that the base used.
+        hidden_states: the base's own, where asked for.
+        attentions: the base's own, where asked for.
+    """
+
+    last_hidden_BTD: Tensor
+    future_hidden: tuple[Tensor, ...]
+    past_key_values: Any | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
