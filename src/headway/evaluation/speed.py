@@ -1,0 +1,233 @@
+"""Decoding speed, measured side by side: plain, self-speculative and Hugging Face `generate` in turns.
+
+Timings of separate phases drift apart with the load of the machine, so the arms take turns (A B C A B C
+...) prompt by prompt, and a speed-up is the ratio of two arms within one round; the report gives the median
+round and the spread.
+
+Every timing is the wall time of a whole call, prefill included, for all arms alike; tokens are counted as
+token ids in the output (tokens cut by a limit or an end of text are not there to be counted).
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from headway.errors import ConfigError
+from headway.evaluation.json_ready import json_ready
+from headway.evaluation.offset_logits import evaluation_mode
+from headway.model.multi_token_lm import MultiTokenLM
+
+PLAIN = "plain"
+SELF_SPECULATIVE = "self-speculative"
+HUGGING_FACE = "hugging-face"
+
+
+@dataclass(frozen=True)
+class ArmSpeed:
+    """Speed of one way to decode.
+
+    Attributes:
+        name: of the arm.
+        tokens_per_second: median over rounds of (new tokens of all prompts) / (seconds of all prompts).
+        rounds: that figure for every round.
+        new_tokens: tokens generated per round, all prompts together.
+    """
+
+    name: str
+    tokens_per_second: float
+    rounds: tuple[float, ...]
+    new_tokens: int
+
+
+@dataclass(frozen=True)
+class SpeedRatio:
+    """How many times faster `fast` is than `slow`, paired within rounds: median, lowest and highest round."""
+
+    fast: str
+    slow: str
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class DecodingSpeed:
+    """Speeds of all arms, measured interleaved.
+
+    Attributes:
+        arms: in the order in which they took turns.
+        ratios: every pair (later arm over the earlier, and the plain arm over Hugging Face's).
+        identical: whether all arms generated the same tokens for every prompt.
+        prompts: number of prompts, decoded one at a time (batch 1).
+        max_new_tokens: limit per prompt.
+        repeats: rounds that were timed.
+        warmup: rounds before them that were not.
+        includes_prefill: True: the timings are of whole calls.
+        threads: CPU threads of one operation.
+        device: where it ran.
+        dtype: of the weights.
+    """
+
+    arms: tuple[ArmSpeed, ...]
+    ratios: tuple[SpeedRatio, ...]
+    identical: bool
+    prompts: int
+    max_new_tokens: int
+    repeats: int
+    warmup: int
+    includes_prefill: bool
+    threads: int
+    device: str
+    dtype: str
+
+    def arm(self, name: str) -> ArmSpeed:
+        """The arm of that name."""
+        return next(arm for arm in self.arms if arm.name == name)
+
+    def ratio(self, fast: str, slow: str) -> SpeedRatio:
+        """The ratio of two arms."""
+        return next(ratio for ratio in self.ratios if (ratio.fast, ratio.slow) == (fast, slow))
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields; NaN becomes None."""
+        return cast(dict[str, Any], json_ready(self))
+
+
+@dataclass(frozen=True)
+class InterleavedRounds:
+    """Seconds and results of arms that took turns; `seconds[name][round]` covers all prompts of the round."""
+
+    seconds: dict[str, list[float]]
+    outputs: dict[str, list[list[int]]]
+
+
+def measure_speed(
+    model: MultiTokenLM,
+    prompts: Sequence[Tensor],
+    *,
+    max_new_tokens: int,
+    repeats: int = 5,
+    warmup: int = 1,
+    num_draft_tokens: int | None = None,
+) -> DecodingSpeed:
+    """Time plain and self-speculative decoding of one engine and Hugging Face `generate`, taking turns.
+
+    All arms are greedy, decode one prompt at a time with the same weights, and stop at the same limit. The
+    model's train/eval modes are as before the call.
+
+    Args:
+        model: the model to decode with; its `base` serves the Hugging Face arm.
+        prompts: token ids [T] or [1, T] each, without padding.
+        max_new_tokens: limit per prompt.
+        repeats: timed rounds; medians and spreads are over them.
+        warmup: rounds before them, untimed.
+        num_draft_tokens: draft length of the self-speculative arm; the engine's default where None.
+
+    Raises:
+        ConfigError: no prompt, or repeats < 1, or warmup < 0.
+    """
+    if not prompts or repeats < 1 or warmup < 0:
+        raise ConfigError(
+            f"a speed measurement needs at least one prompt and one repeat: got {len(prompts)} prompts, "
+            f"repeats={repeats}, warmup={warmup}"
+        )
+    rows = [prompt.reshape(1, -1) for prompt in prompts]
+    draft = {} if num_draft_tokens is None else {"num_draft_tokens": num_draft_tokens}
+
+    def decode_plain(row: Tensor) -> Any:
+        return model.generate(row, do_sample=False, max_new_tokens=max_new_tokens, num_draft_tokens=0)
+
+    def decode_self_speculative(row: Tensor) -> Any:
+        return model.generate(row, do_sample=False, max_new_tokens=max_new_tokens, **draft)
+
+    def decode_hugging_face(row: Tensor) -> Any:
+        mask = torch.ones_like(row)
+        return model.base.generate(row, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens)
+
+    arms = {
+        PLAIN: decode_plain,
+        SELF_SPECULATIVE: decode_self_speculative,
+        HUGGING_FACE: decode_hugging_face,
+    }
+    with evaluation_mode(model):
+        if warmup:
+            time_interleaved(arms, rows, repeats=warmup)
+        timed = time_interleaved(arms, rows, repeats=repeats)
+    parameter = next(model.parameters())
+    return DecodingSpeed(
+        arms=tuple(_arm_speed(name, timed) for name in arms),
+        ratios=(
+            _ratio(timed, SELF_SPECULATIVE, PLAIN),
+            _ratio(timed, PLAIN, HUGGING_FACE),
+            _ratio(timed, SELF_SPECULATIVE, HUGGING_FACE),
+        ),
+        identical=all(timed.outputs[name] == timed.outputs[PLAIN] for name in arms),
+        prompts=len(rows),
+        max_new_tokens=max_new_tokens,
+        repeats=repeats,
+        warmup=warmup,
+        includes_prefill=True,
+        threads=torch.get_num_threads(),
+        device=str(parameter.device),
+        dtype=str(parameter.dtype).removeprefix("torch."),
+    )
+
+
+def time_interleaved(
+    arms: Mapping[str, Callable[[Tensor], Tensor]], rows: Sequence[Tensor], *, repeats: int
+) -> InterleavedRounds:
+    """Call every arm on every row, the arms taking turns row by row, `repeats` times over.
+
+    Args:
+        arms: name to decoder; a decoder maps [1, T] to [1, T + new tokens].
+        rows: prompts [1, T].
+        repeats: rounds.
+
+    Returns:
+        Seconds per arm and round (work on an accelerator included), and the new tokens per arm and row of
+        the last round.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    outputs: dict[str, list[list[int]]] = {name: [] for name in arms}
+    for _ in range(repeats):
+        spent = dict.fromkeys(arms, 0.0)
+        outputs = {name: [] for name in arms}
+        for row in rows:
+            for name, decode in arms.items():
+                _wait_for(row)
+                started = time.perf_counter()
+                sequence = decode(row)
+                _wait_for(row)
+                spent[name] += time.perf_counter() - started
+                outputs[name].append(sequence[0, row.shape[1] :].tolist())
+        for name in arms:
+            seconds[name].append(spent[name])
+    return InterleavedRounds(seconds, outputs)
+
+
+def _wait_for(row: Tensor) -> None:
+    if row.device.type == "cuda":
+        torch.cuda.synchronize(row.device)
+
+
+def _arm_speed(name: str, timed: InterleavedRounds) -> ArmSpeed:
+    new_tokens = sum(len(output) for output in timed.outputs[name])
+    rounds = tuple(new_tokens / seconds for seconds in timed.seconds[name])
+    return ArmSpeed(name, statistics.median(rounds), rounds, new_tokens)
+
+
+def _ratio(timed: InterleavedRounds, fast: str, slow: str) -> SpeedRatio:
+    fast_tokens, slow_tokens = (sum(map(len, timed.outputs[name])) for name in (fast, slow))
+    # Per token, so that an arm whose text ended earlier gains nothing by it.
+    ratios = [
+        (slow_seconds / max(slow_tokens, 1)) / (fast_seconds / max(fast_tokens, 1))
+        for fast_seconds, slow_seconds in zip(timed.seconds[fast], timed.seconds[slow], strict=True)
+    ]
+    return SpeedRatio(fast, slow, statistics.median(ratios), min(ratios), max(ratios))

@@ -1,0 +1,1 @@
+"""Experiments that run from one command and leave a report: one folder each."""
