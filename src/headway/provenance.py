@@ -27,10 +27,10 @@ def provenance(argv: Sequence[str] | None = None) -> dict[str, Any]:
         argv: the command line to record; `sys.argv` where not given.
 
     Returns:
-        `versions` (python and packages; None where not installed), `commit` and `modified` (of the checkout that headway
-        runs from; None outside one), `date` (UTC, ISO 8601, seconds), `argv`, and `machine`: `system`, `cpu`, `cores`
-        (usable by this process) and `threads` (of torch where it is loaded, else what the environment asks for, else
-        None).
+        `versions` (python and packages; None where not installed), `commit` and `modified` (of the checkout that
+        headway runs from; None outside one), `date` (UTC, ISO 8601, seconds), `argv`, and `machine`: `system`, `cpu`,
+        `cores` (usable by this process) and `threads` (of torch where it is loaded, else what the environment asks
+        for, else None).
     """
     commit, modified = _checkout_state()
     program, *arguments = sys.argv if argv is None else argv

@@ -1,9 +1,9 @@
 """A multi-token model on disk: a plain checkpoint of its base, with the heads under `mtp/`.
 
-    config.json, generation_config.json           the base's own
-    model.safetensors(.index.json)                the base's weights and the list of files that engines shall read
-    mtp/config.json                               versioned: what was added, which base it belongs to, checksum
-    mtp/heads.safetensors                         heads of offsets 2..n
+config.json, generation_config.json           the base's own
+model.safetensors(.index.json)                the base's weights and the list of files that engines shall read
+mtp/config.json                               versioned: what was added, which base it belongs to, checksum
+mtp/heads.safetensors                         heads of offsets 2..n
 """
 
 from __future__ import annotations
@@ -72,6 +72,15 @@ def save_heads(model: Any, save_directory: str | PathLike[str], *, overwrite: bo
 def has_heads(folder: str | PathLike[str]) -> bool:
     """Whether a local folder holds heads."""
     return (Path(folder) / CONFIG_FILE).is_file()
+
+
+def read_multi_token_config(folder: str | PathLike[str]) -> MultiTokenConfig:
+    """What a local folder adds to its base, from `mtp/config.json` alone: no weights are read.
+
+    Raises:
+        CheckpointError: the folder has no heads, or the file is damaged or of another version.
+    """
+    return _multi_token_config(_read_config(Path(folder)), Path(folder))
 
 
 def load_model(cls: Any, source: str | PathLike[str], *, base: Any = None, **kwargs: Any) -> Any:

@@ -34,7 +34,7 @@ class CacheFootprint:
     bytes_per_token: int
 
     def total_bytes(self, *, context_length: int, batch_size: int = 1) -> int:
-        """Bytes of `batch_size` rows of `context_length` tokens; sliding layers keep every token, as headway's cache does."""
+        """Bytes of `batch_size` rows of `context_length` tokens, every layer keeping every token (headway's cache)."""
         return self.bytes_per_token * context_length * batch_size
 
     def windowed_bytes(self, *, context_length: int, batch_size: int = 1) -> int:
@@ -93,9 +93,7 @@ def footprint(base_config: Any, mtp_config: MultiTokenConfig, *, dtype: torch.dt
     return model_footprint(model, dtype=dtype)
 
 
-def attached_footprint(
-    base_config: Any, mtp_config: MultiTokenConfig, *, dtype: torch.dtype
-) -> ModelFootprint:
+def attached_footprint(base_config: Any, mtp_config: MultiTokenConfig, *, dtype: torch.dtype) -> ModelFootprint:
     """The footprint of `attach_heads` on an intact base of this configuration.
 
     Args:
@@ -126,7 +124,7 @@ def model_footprint(model: MultiTokenLM, *, dtype: torch.dtype) -> ModelFootprin
 
 
 def cache_footprint(base_config: Any, num_future_tokens: int, *, dtype: torch.dtype) -> CacheFootprint:
-    """The cache of a base of this configuration with heads for `num_future_tokens`; grouped-query heads counted as kept.
+    """The cache of a base of this configuration with heads for `num_future_tokens`.
 
     Args:
         base_config: configuration of the base as it is saved.
@@ -149,7 +147,7 @@ def cache_footprint(base_config: Any, num_future_tokens: int, *, dtype: torch.dt
 
 
 def kv_bytes_per_token(base_config: Any, num_future_tokens: int, dtype: torch.dtype) -> int:
-    """Bytes of the keys and values of one token: 2 x (L_base + n - 1) x key-value heads x head width x bytes per number.
+    """Bytes of one token: 2 x (L_base + n - 1) layers x key-value heads x head width x bytes per number.
 
     >>> from transformers import LlamaConfig
     >>> config = LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3)
