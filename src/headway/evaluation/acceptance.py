@@ -93,15 +93,11 @@ def walk_acceptance(
     largest = model.num_future_tokens - 1
     drafts = largest if num_draft_tokens is None else num_draft_tokens
     if not 0 <= drafts <= largest:
-        raise ConfigError(
-            f"num_draft_tokens must lie in 0..{largest} (the model's heads): got {num_draft_tokens}"
-        )
+        raise ConfigError(f"num_draft_tokens must lie in 0..{largest} (the model's heads): got {num_draft_tokens}")
     if rows_per_forward < 1:
         raise ConfigError(f"rows_per_forward must be at least 1: got {rows_per_forward}")
     if windows_BT.ndim != 2 or windows_BT.numel() == 0:
-        raise DataError(
-            f"windows must have the shape [batch, positions] with tokens: got {tuple(windows_BT.shape)}"
-        )
+        raise DataError(f"windows must have the shape [batch, positions] with tokens: got {tuple(windows_BT.shape)}")
     lengths: list[int] = []
     with evaluation_mode(model):
         for start in range(0, windows_BT.shape[0], rows_per_forward):
@@ -110,9 +106,7 @@ def walk_acceptance(
             positions_BT = None if position_ids_BT is None else position_ids_BT.expand_as(windows_BT)[rows]
             documents_BT = None if document_ids_BT is None else document_ids_BT.expand_as(windows_BT)[rows]
             fits_BT = (
-                shift_targets(
-                    ids_BT, offset=1 + drafts, position_ids_BT=positions_BT, document_ids_BT=documents_BT
-                )
+                shift_targets(ids_BT, offset=1 + drafts, position_ids_BT=positions_BT, document_ids_BT=documents_BT)
                 != IGNORE_INDEX
             )
             predicted_BTN = _argmax_per_offset(
@@ -190,9 +184,7 @@ def summarize_blocks(
         blocks=len(lengths),
         emitted_tokens=sum(lengths),
         num_draft_tokens=num_draft_tokens,
-        length_counts=tuple(
-            sum(length == count for length in lengths) for count in range(1, num_draft_tokens + 2)
-        ),
+        length_counts=tuple(sum(length == count for length in lengths) for count in range(1, num_draft_tokens + 2)),
     )
 
 

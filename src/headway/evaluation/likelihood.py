@@ -67,9 +67,7 @@ def evaluate_likelihood(
     Source: Gloeckle et al. 2024 (arXiv:2404.19737), equation 2, per offset.
     """
     if bytes_per_token is not None and not bytes_per_token > 0:
-        raise ConfigError(
-            f"bytes_per_token must be positive: got {bytes_per_token}; pass total bytes / total tokens"
-        )
+        raise ConfigError(f"bytes_per_token must be positive: got {bytes_per_token}; pass total bytes / total tokens")
     num_offsets = model.num_future_tokens
     sums = [_Sums() for _ in range(num_offsets)]
     with evaluation_mode(model):

@@ -77,9 +77,7 @@ def offset_logit_chunks(
     """
     wanted = model.num_future_tokens if num_offsets is None else num_offsets
     if not 1 <= wanted <= model.num_future_tokens:
-        raise ConfigError(
-            f"num_offsets must lie in 1..{model.num_future_tokens} (the model's): got {num_offsets}"
-        )
+        raise ConfigError(f"num_offsets must lie in 1..{model.num_future_tokens} (the model's): got {num_offsets}")
     if chunk_tokens < 1:
         raise ConfigError(f"chunk_tokens must be at least 1: got {chunk_tokens}; 1024 is the default")
     if position_ids_BT is None and document_ids_BT is not None:
@@ -106,6 +104,4 @@ def offset_logit_chunks(
             positions = slice(start, min(start + chunk_tokens, flat_PD.shape[0]))
             piece_PD = flat_PD[positions]
             logits_PV = model.unembed(piece_PD if offset == 1 else model.final_norm(piece_PD))
-            yield OffsetChunk(
-                offset, positions, logits_PV if logits_PV.dtype == torch.float64 else logits_PV.float()
-            )
+            yield OffsetChunk(offset, positions, logits_PV if logits_PV.dtype == torch.float64 else logits_PV.float())

@@ -28,9 +28,7 @@ def distinct_ngrams(sequences: Iterable[Sequence[int]], *, size: int = 8) -> flo
         ConfigError: size < 1.
     """
     if size < 1:
-        raise ConfigError(
-            f"size of an n-gram must be at least 1 token: got {size}; 8 is the project's convention"
-        )
+        raise ConfigError(f"size of an n-gram must be at least 1 token: got {size}; 8 is the project's convention")
     seen: set[tuple[int, ...]] = set()
     total = 0
     for sequence in sequences:

@@ -30,9 +30,7 @@ def claim_folder(folder: Path, *, replace_demo: bool) -> None:
         ConfigError: the folder holds something that may not be deleted, or is a file.
     """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise ConfigError(
-            f"the demo needs a folder of its own: {folder} is a file or a link; give another --output"
-        )
+        raise ConfigError(f"the demo needs a folder of its own: {folder} is a file or a link; give another --output")
     names = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
     if names and MARK not in names:
         raise ConfigError(
@@ -40,9 +38,7 @@ def claim_folder(folder: Path, *, replace_demo: bool) -> None:
             f"{', ...' if len(names) > 3 else ''}); give another --output"
         )
     if names and not replace_demo:
-        raise ConfigError(
-            f"{folder} holds an earlier demo; pass --overwrite to replace it or give another --output"
-        )
+        raise ConfigError(f"{folder} holds an earlier demo; pass --overwrite to replace it or give another --output")
     for name in names:
         # The mark goes last: an interrupted deletion still leaves a folder that the next demo may take.
         if name != MARK:

@@ -157,9 +157,7 @@ def compare_prompt(model: MultiTokenLM, prompt: DemoPrompt, *, max_new_tokens: i
     return Comparison(
         prompt=prompt,
         plain=record_generation(model, prompt, max_new_tokens=max_new_tokens, num_draft_tokens=0),
-        self_speculative=record_generation(
-            model, prompt, max_new_tokens=max_new_tokens, num_draft_tokens=None
-        ),
+        self_speculative=record_generation(model, prompt, max_new_tokens=max_new_tokens, num_draft_tokens=None),
     )
 
 

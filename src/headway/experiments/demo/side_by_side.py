@@ -17,7 +17,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from headway.experiments.demo.blocks import plain_text, text_blocks
+from headway.experiments.demo.blocks import plain_text, printable, text_blocks
 from headway.experiments.demo.generation import Comparison, RecordedGeneration
 
 BLOCK_STYLES = ("black on #8ecae6", "black on #ffd166", "black on #a8d672", "black on #f4a7b9")
@@ -41,13 +41,14 @@ def show_comparisons(console: Console, comparisons: Sequence[Comparison], *, sec
     animated = console.is_terminal and not console.is_dumb_terminal and not console.no_color
     slowdown = replay_slowdown(comparisons, seconds=seconds)
     if animated:
-        console.print(f"[dim]replayed {describe_slowdown(slowdown)}; one colour = one forward pass[/dim]")
+        note = f"replayed {describe_slowdown(slowdown)}; one colour = one forward pass"
+        console.print(Text(note, style="dim"), highlight=False)
     else:
         console.print(f"one forward pass ends at every {BAR}", highlight=False)
     for number, comparison in enumerate(comparisons, start=1):
         console.print()
         console.print(
-            Text(f"prompt {number} of {len(comparisons)}: {comparison.prompt.source}", style="bold"),
+            Text(f"prompt {number} of {len(comparisons)}: {printable(comparison.prompt.source)}", style="bold"),
             highlight=False,
         )
         if animated:
@@ -87,9 +88,7 @@ def verdict_line(comparisons: Sequence[Comparison]) -> Text:
     )
 
 
-def panes(
-    comparison: Comparison, *, width: int, coloured: bool, elapsed: float | None = None
-) -> RenderableType:
+def panes(comparison: Comparison, *, width: int, coloured: bool, elapsed: float | None = None) -> RenderableType:
     """The two generations beside each other, or one under the other where the width is small.
 
     Args:
