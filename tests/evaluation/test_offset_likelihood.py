@@ -139,3 +139,17 @@ def test_wrong_settings_say_what_to_pass(model):
         evaluate_likelihood(model, packed_batches(count=1), bytes_per_token=0.0)
     with pytest.raises(ConfigError, match="1024 is the default"):
         evaluate_likelihood(model, packed_batches(count=1), chunk_tokens=0)
+
+
+def test_compiled_layers_run_eagerly_in_an_evaluation(model):
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    expected = evaluate_likelihood(model, packed_batches(count=1))
+    layer = model.base.model.layers[0]
+    layer.forward = torch.compile(layer.forward, backend=backend)
+    assert evaluate_likelihood(model, packed_batches(count=1)) == expected
+    assert compiled == []

@@ -5,8 +5,9 @@ Legend: B batch, T positions, D width, V vocabulary, N future tokens, P position
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -36,13 +37,16 @@ class OffsetChunk:
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Evaluate without a trace: eval mode and no gradients inside, every module's own mode back afterwards.
 
-    A frozen sub-module that was in eval mode before stays in eval mode, and the mode comes back after an
-    error too.
+    A frozen sub-module that was in eval mode before stays in eval mode, and the mode comes back after an error too. Layers
+    compiled with `torch.compile` run eagerly inside: an evaluation's shapes would each be compiled anew.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            if "torch._dynamo" in sys.modules:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield
     finally:
         for module, training in modes:
