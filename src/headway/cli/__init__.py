@@ -1,1 +1,1 @@
-"""The `headway` command line: one thin file per command, each loading what it needs only when it runs."""
+"""The `headway` command line: a thin file per command that loads what it needs when it runs."""

@@ -174,8 +174,8 @@ def _folder_footprint(
             MultiTokenConfig(num_future_tokens=num_future_tokens or 1),
         )
     config = _base_config(folder)
-    own_dtype = getattr(config, "dtype", None)
-    chosen: torch.dtype = torch_dtype(dtype or str(own_dtype or "float32").removeprefix("torch."))
+    own_name = str(getattr(config, "dtype", None)).removeprefix("torch.")
+    chosen: torch.dtype = torch_dtype(dtype or (own_name if own_name in DTYPES else "float32"))
     try:
         footprint = attached_footprint(config, mtp_config, dtype=chosen)
     except HeadwayError:

@@ -148,6 +148,8 @@ def _usage_message(error: click.ClickException) -> str:
     context = error.ctx if isinstance(error, click.UsageError) else None
     if context is None or not isinstance(error, click.NoSuchOption | click.BadParameter):
         return message
+    if message.endswith("?"):  # click suggests a name itself
+        return message
     return f"{message.rstrip('.')}; see '{context.command_path} --help'"
 
 
