@@ -1,0 +1,1 @@
+"""Training: configuration, the loop, optimizers, checkpoints with exact resume, metrics and progress."""

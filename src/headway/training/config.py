@@ -1,0 +1,317 @@
+"""`TrainConfig`: every option of a training run, typed, frozen and checked in one place.
+
+One field is one YAML key is one flag of `headway train` (`num_future_tokens`, `--num-future-tokens`). This
+module imports neither torch nor transformers, so that `headway train --help` answers at once. Reading
+files: `config_file.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from headway.errors import ConfigError
+from headway.training.fields import check_limits, field_specs, option, parse_value
+
+MODEL, DATA, OPTIMIZATION, COMPUTE, OUTPUT = (
+    "Model",
+    "Data",
+    "Optimization",
+    "Compute",
+    "Output and evaluation",
+)
+
+DEFAULT_WARMUP_FRACTION = 0.08  # Table S13: 2000 of 25,000 steps
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run from scratch: model, data, optimization, compute and output.
+
+    The model is given by exactly one of `size`, `base_config`, or `hidden_size` with `num_layers` and
+    `num_heads`.
+
+    Raises:
+        ConfigError: a value of another type, out of its range, or in conflict with another field (both are
+            named).
+    """
+
+    # fmt: off
+    size: str | None = option(
+        None, "Model size by its name in the paper's Table S14, such as 10M or 0.3B.",
+        group=MODEL, on_resume="free")
+    base_config: str | None = option(
+        None, "Folder with the config.json of a Hugging Face causal LM; only its shape is used, its "
+        "num_hidden_layers counts all layers.", group=MODEL, on_resume="free")
+    family: Literal["llama", "mistral", "qwen2", "qwen3", "olmo2"] = option(
+        "llama", "Architecture of a model given by size or by hidden_size.", group=MODEL, on_resume="free")
+    hidden_size: int | None = option(None, "Model width.", group=MODEL, at_least=1, on_resume="free")
+    num_layers: int | None = option(
+        None, "Layers in all, the head layers counted (the paper's parity rule).",
+        group=MODEL, at_least=1, on_resume="free")
+    num_heads: int | None = option(
+        None, "Attention heads per layer.", group=MODEL, at_least=1, on_resume="free")
+    num_kv_heads: int | None = option(
+        None, "Key and value heads per layer; none: as many as attention heads.",
+        group=MODEL, at_least=1, on_resume="free")
+    intermediate_size: int | None = option(
+        None, "Feed-forward width; none: 8/3 of the model width, rounded up.",
+        group=MODEL, at_least=1, on_resume="free")
+    tie_embeddings: bool = option(
+        False, "Share the embedding and the unembedding matrix.", group=MODEL, on_resume="free")
+    max_positions: int | None = option(
+        None, "Longest context the saved model declares; none: 4 times sequence_length.",
+        unit="tokens", group=MODEL, at_least=1, on_resume="free")
+    num_future_tokens: int = option(
+        4, "Tokens predicted per position, the next one included; 1 is the plain model.",
+        group=MODEL, at_least=1, on_resume="free")
+    offset_weights: tuple[float, ...] | None = option(
+        None, "Loss weight of each offset, the next token first; none: all 1, as in the paper.",
+        group=MODEL, at_least=0)
+    loss_chunk_tokens: int = option(
+        1024, "Rows of logits alive at once in the loss.",
+        unit="tokens", group=MODEL, at_least=1, on_resume="free")
+
+    data: tuple[str, ...] = option(
+        ("stdlib",), "Files or folders to train on; 'stdlib' is the running Python's standard library. "
+        "Repeatable.", group=DATA, on_resume="free")
+    suffixes: tuple[str, ...] | None = option(
+        None, "Endings of the files taken from folders, such as .py; none: all files. Repeatable.",
+        group=DATA, on_resume="free")
+    tokenizer: str = option(
+        "bytes", "'bytes', or a folder or hub name of a Hugging Face tokenizer.",
+        group=DATA, on_resume="free")
+    held_out_fraction: float = option(
+        0.05, "Share of the text held out for evaluation, in whole groups (packages); 0 holds out nothing.",
+        unit="fraction of bytes", group=DATA, at_least=0, below=1, on_resume="free")
+    split_seed: int = option(
+        0, "Seed of the held-out split, apart from seed so that repeated runs share it.",
+        group=DATA, at_least=0, on_resume="free")
+    drop_near_duplicates: bool = option(
+        True, "Drop training documents that share half of their 13-grams with held-out text.",
+        group=DATA, on_resume="free")
+    cache_directory: str | None = option(
+        None, "Folder of the token caches; none: below output. Runs on the same text can share one.",
+        group=DATA, on_resume="free")
+    sequence_length: int = option(
+        256, "Length of a packed training row.", unit="tokens", group=DATA, at_least=2, on_resume="refuse")
+    batch_size: int = option(16, "Rows per micro-batch.", unit="rows", group=DATA, at_least=1)
+    gradient_accumulation_steps: int = option(
+        1, "Micro-batches per optimizer step; the loss is the mean over all of them.",
+        unit="micro-batches", group=DATA, at_least=1)
+
+    steps: int = option(
+        1000, "Optimizer steps of the whole run.", unit="steps", group=OPTIMIZATION, at_least=1)
+    optimizer: Literal["adamw", "muon"] = option(
+        "adamw", "Optimizer; muon trains hidden matrices with Muon and everything else with AdamW.",
+        group=OPTIMIZATION, on_resume="refuse")
+    learning_rate: float = option(3e-4, "Peak learning rate.", group=OPTIMIZATION, above=0)
+    adamw_learning_rate: float | None = option(
+        None, "With optimizer muon: peak learning rate of embeddings, unembedding, norms and biases; none: "
+        "learning_rate.", group=OPTIMIZATION, above=0)
+    weight_decay: float = option(0.1, "Decoupled weight decay of matrices.", group=OPTIMIZATION, at_least=0)
+    adamw_weight_decay: float | None = option(
+        None, "With optimizer muon: weight decay of embedding and unembedding; none: weight_decay.",
+        group=OPTIMIZATION, at_least=0)
+    betas: tuple[float, float] = option(
+        (0.9, 0.95), "AdamW's decay rates of the first and second moment.",
+        group=OPTIMIZATION, at_least=0, below=1)
+    eps: float = option(1e-8, "AdamW's term in the denominator.", group=OPTIMIZATION, above=0)
+    muon_momentum: float = option(0.95, "Muon's momentum.", group=OPTIMIZATION, at_least=0, below=1)
+    gradient_clip: float | None = option(
+        1.0, "Largest norm of the gradient of all parameters; none: no clipping.",
+        group=OPTIMIZATION, above=0)
+    warmup_steps: int | None = option(
+        None, "Steps of linear warm-up.", unit="steps", group=OPTIMIZATION, at_least=0)
+    warmup_fraction: float | None = option(
+        None, f"Warm-up as a share of steps; used where warmup_steps is none; none: "
+        f"{DEFAULT_WARMUP_FRACTION}.", unit="fraction of steps", group=OPTIMIZATION, at_least=0, below=1)
+    decay_ratio: float = option(
+        0.03, "Learning rate at the end of the cosine decay, as a share of the peak.",
+        unit="fraction of the peak", group=OPTIMIZATION, at_least=0)
+    max_nonfinite_steps: int = option(
+        10, "Steps in a row with a non-finite loss or gradient after which training stops; each is "
+        "skipped.", unit="steps", group=OPTIMIZATION, at_least=1, on_resume="free")
+
+    device: str = option("auto", "Device to train on: auto, cpu, cuda or cuda:N.", group=COMPUTE)
+    precision: Literal["float32", "bfloat16"] = option(
+        "float32", "bfloat16: matrix products in bfloat16 (autocast); weights and optimizer stay float32.",
+        group=COMPUTE)
+    compile: Literal["auto", "on", "off"] = option(
+        "off", "Compile the layers' forward; auto: where a C++ compiler is present (announced).",
+        group=COMPUTE)
+    gradient_checkpointing: bool = option(
+        False, "Recompute layers in the backward pass: less memory, more time.", group=COMPUTE)
+    seed: int = option(
+        0, "Seed of initial weights and data order.", group=COMPUTE, at_least=0, on_resume="refuse")
+    threads: int | None = option(
+        None, "CPU threads of one operation; none: torch's choice.",
+        unit="threads", group=COMPUTE, at_least=1)
+
+    output: str = option("out/train", "Folder of the run.", group=OUTPUT, on_resume="free")
+    resume: str = option(
+        "auto", "auto: continue the output folder's unfinished run; never: refuse one; or a checkpoint "
+        "folder.", group=OUTPUT, on_resume="free")
+    overwrite: bool = option(
+        False, "Replace what a former run left in the output folder.", group=OUTPUT, on_resume="free")
+    log_every_steps: int = option(
+        10, "Steps between lines of metrics.jsonl.",
+        unit="steps", group=OUTPUT, at_least=1, on_resume="free")
+    checkpoint_every_steps: int | None = option(
+        500, "Steps between checkpoints; none: only at the end and on a signal.",
+        unit="steps", group=OUTPUT, at_least=1, on_resume="free")
+    keep_checkpoints: int = option(
+        2, "Newest checkpoints kept.", group=OUTPUT, at_least=1, on_resume="free")
+    tensorboard: bool = option(True, "Write TensorBoard events too.", group=OUTPUT, on_resume="free")
+    eval_every_steps: int | None = option(
+        250, "Steps between evaluations on held-out text, one more at the end; none: never.",
+        unit="steps", group=OUTPUT, at_least=1, on_resume="free")
+    eval_rows: int = option(
+        64, "Held-out rows of sequence_length for the likelihood of an evaluation.",
+        unit="rows", group=OUTPUT, at_least=1, on_resume="free")
+    eval_prompts: int = option(
+        4, "Held-out prompts on which an evaluation decodes; 0 decodes none.",
+        unit="prompts", group=OUTPUT, at_least=0, on_resume="free")
+    eval_prompt_tokens: int = option(
+        64, "Length of those prompts.", unit="tokens", group=OUTPUT, at_least=1, on_resume="free")
+    eval_new_tokens: int = option(
+        64, "Tokens decoded after each prompt.", unit="tokens", group=OUTPUT, at_least=1, on_resume="free")
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        for name, spec in field_specs(type(self)).items():
+            value = parse_value(getattr(self, name), spec.annotation, where=name)
+            check_limits(spec, value)
+            object.__setattr__(self, name, value)
+        _check_together(self)
+
+    @property
+    def rows_per_step(self) -> int:
+        """Packed rows that one optimizer step consumes."""
+        return self.batch_size * self.gradient_accumulation_steps
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Input tokens that one optimizer step consumes."""
+        return self.rows_per_step * self.sequence_length
+
+    @property
+    def total_warmup_steps(self) -> int:
+        """Steps of linear warm-up, from `warmup_steps` or `warmup_fraction`."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        fraction = DEFAULT_WARMUP_FRACTION if self.warmup_fraction is None else self.warmup_fraction
+        return round(fraction * self.steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON- and YAML-ready fields in the order of declaration; `from_mapping` reads them back."""
+        values = {name: getattr(self, name) for name in field_specs(type(self))}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _check_together(config: TrainConfig) -> None:
+    """Refuse combinations that cannot work; every message names both fields and the way out."""
+    _check_model(config)
+    _check_data(config)
+    if config.warmup_steps is not None and config.warmup_fraction is not None:
+        raise ConfigError(
+            f"warmup_steps={config.warmup_steps} and warmup_fraction={config.warmup_fraction:g} both give "
+            "the warm-up; set one of them to none"
+        )
+    if config.total_warmup_steps >= config.steps and config.total_warmup_steps > 0:
+        raise ConfigError(
+            f"warmup_steps must be fewer than steps: got warmup_steps={config.total_warmup_steps} and "
+            f"steps={config.steps}; lower warmup_steps or raise steps"
+        )
+    if config.decay_ratio > 1:
+        raise ConfigError(
+            f"decay_ratio is the last learning_rate as a share of its peak: got {config.decay_ratio:g}; pass 0 to 1"
+        )
+    if config.optimizer != "muon":
+        for name in ("adamw_learning_rate", "adamw_weight_decay"):
+            if getattr(config, name) is not None:
+                raise ConfigError(
+                    f"{name} needs optimizer muon: got optimizer={config.optimizer}; set optimizer to "
+                    f"muon or {name} to none"
+                )
+    if config.overwrite and config.resume not in ("auto", "never"):
+        raise ConfigError(
+            f"overwrite and resume={config.resume} exclude each other: one clears the output folder, the "
+            "other continues a checkpoint; drop one of them"
+        )
+
+
+def _check_model(config: TrainConfig) -> None:
+    shape = {name: getattr(config, name) for name in ("hidden_size", "num_layers", "num_heads")}
+    given = [name for name in ("size", "base_config") if getattr(config, name) is not None]
+    if any(value is not None for value in shape.values()):
+        given.append("hidden_size, num_layers and num_heads")
+    if not given:
+        raise ConfigError(
+            "the model is not given: set size (such as 10M), base_config, or hidden_size, num_layers and "
+            "num_heads; or start from a recipe"
+        )
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} both give the model; set all but one of them to none")
+    missing = [name for name, value in shape.items() if value is None]
+    if given[0].startswith("hidden_size") and missing:
+        raise ConfigError(
+            f"hidden_size, num_layers and num_heads go together: {' and '.join(missing)} is missing; set it"
+        )
+    if config.base_config is not None:
+        defaults = {
+            "family": "llama",
+            "num_kv_heads": None,
+            "intermediate_size": None,
+            "tie_embeddings": False,
+        }
+        for name, default in defaults.items():
+            if getattr(config, name) != default:
+                raise ConfigError(
+                    f"base_config={config.base_config} already decides {name}; drop "
+                    f"{name}={getattr(config, name)} or edit the file"
+                )
+    if config.hidden_size is not None and config.num_heads is not None:
+        if config.hidden_size % config.num_heads or (config.hidden_size // config.num_heads) % 2:
+            raise ConfigError(
+                f"hidden_size must be an even multiple of num_heads: got hidden_size={config.hidden_size} "
+                f"and num_heads={config.num_heads}; change one of them"
+            )
+        if config.num_kv_heads is not None and config.num_heads % config.num_kv_heads:
+            raise ConfigError(
+                f"num_heads must be a multiple of num_kv_heads: got num_heads={config.num_heads} and "
+                f"num_kv_heads={config.num_kv_heads}; change one of them"
+            )
+    if config.num_layers is not None and config.num_future_tokens > config.num_layers:
+        raise ConfigError(
+            "num_future_tokens must be at most num_layers, which counts the head layers: got "
+            f"num_future_tokens={config.num_future_tokens} and num_layers={config.num_layers}; lower "
+            "num_future_tokens or raise num_layers"
+        )
+    if config.offset_weights is not None and len(config.offset_weights) != config.num_future_tokens:
+        raise ConfigError(
+            f"offset_weights needs one weight per offset: got {len(config.offset_weights)} for "
+            f"num_future_tokens={config.num_future_tokens}; pass {config.num_future_tokens} numbers, the "
+            "next token first"
+        )
+
+
+def _check_data(config: TrainConfig) -> None:
+    if not config.data:
+        raise ConfigError("data is empty: name at least one file or folder, or 'stdlib'")
+    if config.sequence_length <= config.num_future_tokens:
+        raise ConfigError(
+            "sequence_length must be more than num_future_tokens: got "
+            f"sequence_length={config.sequence_length} and num_future_tokens={config.num_future_tokens}; "
+            "raise sequence_length or lower num_future_tokens"
+        )
+    if config.max_positions is not None and config.max_positions < config.sequence_length:
+        raise ConfigError(
+            f"max_positions must be at least sequence_length: got max_positions={config.max_positions} and "
+            f"sequence_length={config.sequence_length}; raise max_positions"
+        )
+    if config.eval_every_steps is not None and config.held_out_fraction == 0:
+        raise ConfigError(
+            f"eval_every_steps={config.eval_every_steps} needs held-out text, but held_out_fraction=0; "
+            "set eval_every_steps to none or hold something out"
+        )

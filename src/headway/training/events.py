@@ -1,0 +1,107 @@
+"""What a run tells whoever watches it: plain records, so that the loop knows neither screens nor files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RunStarted:
+    """Everything is in place and the first step is next.
+
+    Attributes:
+        first_step: the step that comes next; 1, or more after a resume.
+        steps: of the whole run.
+        tokens_per_step: input tokens of one optimizer step.
+        num_future_tokens: offsets in every step's `loss_per_offset`.
+    """
+
+    first_step: int
+    steps: int
+    tokens_per_step: int
+    num_future_tokens: int
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """One optimizer step.
+
+    Attributes:
+        step: from 1.
+        tokens: input tokens seen so far, all steps of the run.
+        loss: weighted sum of the offsets' mean nats; None where it was not finite.
+        loss_per_offset: mean nats of each offset over the step's valid targets; None where the loss was not finite.
+        learning_rate: of the matrices.
+        gradient_norm: before clipping; None where it or the loss was not finite.
+        applied: False where the step was skipped for a non-finite loss or gradient.
+        skipped_steps: skipped so far.
+        tokens_per_second: since the last logged step, evaluations and checkpoints not counted.
+        elapsed_seconds: of the whole run, resumes included, downtime not.
+        logged: whether the step is one of those that metrics.jsonl holds.
+    """
+
+    step: int
+    tokens: int
+    loss: float | None
+    loss_per_offset: tuple[float, ...] | None
+    learning_rate: float
+    gradient_norm: float | None
+    applied: bool
+    skipped_steps: int
+    tokens_per_second: float
+    elapsed_seconds: float
+    logged: bool
+
+    def record(self) -> dict[str, Any]:
+        """The line of metrics.jsonl."""
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "loss": self.loss,
+            "loss_per_offset": None if self.loss_per_offset is None else list(self.loss_per_offset),
+            "learning_rate": self.learning_rate,
+            "gradient_norm": self.gradient_norm,
+            "applied": self.applied,
+            "skipped_steps": self.skipped_steps,
+            "tokens_per_second": self.tokens_per_second,
+            "elapsed_seconds": self.elapsed_seconds,
+        }
+
+
+@dataclass(frozen=True)
+class EvaluationDone:
+    """Figures of all evaluators after `step` steps."""
+
+    step: int
+    values: dict[str, Any]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CheckpointWritten:
+    """A complete checkpoint of `step` steps lies at `path`."""
+
+    step: int
+    path: Path
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Notice:
+    """One sentence that a person should see."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class RunEnded:
+    """The loop is over, finished or not; a display can close."""
+
+    finished: bool
+
+
+Event = RunStarted | StepDone | EvaluationDone | CheckpointWritten | Notice | RunEnded
+Listener = Callable[[Event], None]

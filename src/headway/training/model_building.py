@@ -1,0 +1,103 @@
+"""From configuration to model: the shape, then the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from headway.data.tokenizers import vocabulary_size
+from headway.errors import ConfigError
+from headway.model.config import MultiTokenConfig
+from headway.model.sizes import PAPER_SIZES, feed_forward_width
+from headway.training.config import TrainConfig
+from headway.training.fields import nearest
+
+# A context that fits a few training rows: positions beyond the training length are never trained.
+_POSITIONS_PER_TRAINING_LENGTH = 4
+
+
+def multi_token_config(config: TrainConfig) -> MultiTokenConfig:
+    """What is added to the base."""
+    return MultiTokenConfig(
+        num_future_tokens=config.num_future_tokens,
+        offset_weights=config.offset_weights,
+        loss_chunk_tokens=config.loss_chunk_tokens,
+        head_init="fresh",
+    )
+
+
+def base_config(config: TrainConfig, tokenizer: Any) -> Any:
+    """The Hugging Face configuration of the whole depth: `num_hidden_layers` counts the head layers.
+
+    Args:
+        config: gives the shape by `size`, `base_config` or `hidden_size`.
+        tokenizer: gives the vocabulary and the special ids.
+
+    Raises:
+        ConfigError: no such size or folder, or a vocabulary too small for the tokenizer.
+    """
+    vocabulary = vocabulary_size(tokenizer)
+    special = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    positions = config.max_positions or _POSITIONS_PER_TRAINING_LENGTH * config.sequence_length
+    if config.base_config is not None:
+        return _from_folder(config, vocabulary, special)
+    if config.size is not None:
+        if config.size not in PAPER_SIZES:
+            raise ConfigError(f"unknown size {config.size!r}; {nearest(config.size, PAPER_SIZES)} (Table S14)")
+        size = PAPER_SIZES[config.size]
+        width, layers, heads = size.dim, size.layers, size.heads
+    else:
+        assert config.hidden_size and config.num_layers and config.num_heads, "TrainConfig checks that a model is given"
+        width, layers, heads = config.hidden_size, config.num_layers, config.num_heads
+    if heads % (config.num_kv_heads or heads):
+        raise ConfigError(
+            f"num_kv_heads={config.num_kv_heads} must divide the {heads} attention heads of size {config.size}; change it"
+        )
+    return AutoConfig.for_model(
+        config.family,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=config.num_kv_heads or heads,
+        head_dim=width // heads,
+        intermediate_size=config.intermediate_size or feed_forward_width(width),
+        vocab_size=vocabulary,
+        max_position_embeddings=positions,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=config.tie_embeddings,
+        # Mistral's default is a window of 4096; rows are short and the saved model should not forget.
+        **({"sliding_window": None} if config.family == "mistral" else {}),
+        **special,
+    )
+
+
+def _from_folder(config: TrainConfig, vocabulary: int, special: dict[str, Any]) -> Any:
+    folder = Path(str(config.base_config))
+    try:
+        shape = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        detail = " ".join(str(error).split())
+        raise ConfigError(
+            f"base_config={folder} cannot be read as a Hugging Face configuration: {detail}; name a folder with a config.json"
+        ) from error
+    if shape.vocab_size < vocabulary:
+        raise ConfigError(
+            f"base_config={folder} has vocab_size={shape.vocab_size}, tokenizer={config.tokenizer} needs {vocabulary}; raise "
+            f"vocab_size in the file or choose its own tokenizer"
+        )
+    limit = getattr(shape, "max_position_embeddings", config.sequence_length)
+    wanted = config.max_positions or config.sequence_length
+    if limit < wanted:
+        raise ConfigError(
+            f"base_config={folder} allows {limit} positions, sequence_length={config.sequence_length} (or max_positions) "
+            f"needs {wanted}; raise max_position_embeddings in the file or shorten the rows"
+        )
+    for name, value in special.items():
+        setattr(shape, name, value)
+    return shape

@@ -1,0 +1,121 @@
+"""One optimizer step: the only place where gradients are made.
+
+Legend: B rows of a micro-batch, T positions, N future tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from headway.data.loader import Batch
+from headway.functional.targets import count_valid_targets
+from headway.training.optimizers import TrainingOptimizer
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What one step did.
+
+    Attributes:
+        loss: weighted sum over offsets of mean nats over the whole step; None where it was not finite.
+        loss_per_offset: mean nats per offset over the whole step; 0 where an offset had no target; None where the loss
+            was not finite.
+        gradient_norm: before clipping; None where it or the loss was not finite.
+        applied: whether parameters were updated; False for a non-finite loss or gradient.
+    """
+
+    loss: float | None
+    loss_per_offset: tuple[float, ...] | None
+    gradient_norm: float | None
+    applied: bool
+
+
+def optimizer_step(
+    model: Any,
+    optimizer: TrainingOptimizer,
+    micro_batches: Sequence[Batch],
+    *,
+    precision: Literal["float32", "bfloat16"],
+    gradient_clip: float | None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> StepOutcome | None:
+    """Accumulate gradients over micro-batches and update once.
+
+    The loss of each offset is the mean over the valid targets of all micro-batches together, so the cut into
+    micro-batches changes neither loss nor gradients. Without a finite loss and gradient nothing is updated.
+
+    Args:
+        model: a `MultiTokenLM` in train mode.
+        optimizer: with the step's learning rates set; its gradients are dropped afterwards.
+        micro_batches: of the whole step, on the model's device.
+        precision: bfloat16 runs the forward under autocast.
+        gradient_clip: largest norm of the gradient; None does not clip.
+        should_stop: asked before each micro-batch.
+
+    Returns:
+        None where `should_stop` said so: nothing was updated and no gradient is left.
+    """
+    counts_N = step_targets(micro_batches, num_future_tokens=model.num_future_tokens)
+    loss = torch.zeros((), device=counts_N.device, dtype=torch.float64)
+    sums_N = torch.zeros(counts_N.shape, device=counts_N.device, dtype=torch.float64)
+    for batch in micro_batches:
+        if should_stop():
+            optimizer.zero_grad()
+            return None
+        with autocast(counts_N.device, precision):
+            output = model(**batch.model_inputs(), num_valid_targets=counts_N)
+        output.loss.backward()
+        loss += output.loss.detach()
+        own_N = step_targets([batch], num_future_tokens=model.num_future_tokens)
+        sums_N += output.loss_per_offset.double() * own_N
+    outcome = _update(optimizer, loss=float(loss), gradient_clip=gradient_clip)
+    if outcome.loss is None:
+        return outcome
+    per_offset = tuple((sums_N / counts_N.clamp(min=1)).tolist())
+    return StepOutcome(outcome.loss, per_offset, outcome.gradient_norm, outcome.applied)
+
+
+def step_targets(batches: Sequence[Batch], *, num_future_tokens: int) -> Tensor:
+    """Valid targets of each offset in all batches together, int64 [N]."""
+    counts = [
+        count_valid_targets(
+            batch.labels_BT,
+            num_future_tokens=num_future_tokens,
+            position_ids_BT=batch.position_ids_BT,
+            document_ids_BT=batch.document_ids_BT,
+        )
+        for batch in batches
+    ]
+    return torch.stack(counts).sum(dim=0)
+
+
+def autocast(device: torch.device, precision: Literal["float32", "bfloat16"]) -> AbstractContextManager[Any]:
+    """The context in which a forward of this precision runs."""
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def _update(optimizer: TrainingOptimizer, *, loss: float, gradient_clip: float | None) -> StepOutcome:
+    """Clip and apply what has been accumulated, or drop it where loss or gradient are not finite."""
+    gradients = [parameter.grad for parameter in optimizer.parameters if parameter.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm(gradients)) if math.isfinite(loss) else math.nan
+    applied = math.isfinite(loss) and math.isfinite(norm)
+    if applied:
+        if gradient_clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(optimizer.parameters, gradient_clip, torch.tensor(norm))
+        optimizer.step()
+    optimizer.zero_grad()
+    return StepOutcome(
+        loss=loss if math.isfinite(loss) else None,
+        loss_per_offset=None,
+        gradient_norm=norm if math.isfinite(norm) else None,
+        applied=applied,
+    )
