@@ -2,8 +2,8 @@ import math
 
 import pytest
 import torch
-from headway.data.loader import Batch
 
+from headway.data.loader import Batch
 from headway.errors import ConfigError, DataError
 from headway.evaluation.likelihood import evaluate_likelihood
 from headway.evaluation.offset_logits import offset_logit_chunks

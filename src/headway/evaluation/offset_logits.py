@@ -37,7 +37,7 @@ class OffsetChunk:
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Evaluate without a trace: eval mode and no gradients inside, every module's own mode back afterwards.
 
-    A frozen sub-module that was in eval mode before stays in eval mode, and the mode comes back after an error too. Layers
+    A frozen sub-module that was in eval mode before stays so, and the mode comes back after an error too. Layers
     compiled with `torch.compile` run eagerly inside: an evaluation's shapes would each be compiled anew.
     """
     modes = [(module, module.training) for module in model.modules()]
