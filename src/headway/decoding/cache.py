@@ -1,0 +1,169 @@
+"""A key/value cache whose rows advance by different amounts.
+
+Legend: B rows, H key/value heads, M positions of one forward, C capacity in slots, D head width.
+
+Prompts are aligned to the right of nothing: row b's token at position p lives in slot p. Slots beyond a row's position
+hold leftovers of rejected drafts; the mask hides them and the next forward overwrites them before any query can reach
+them, so taking tokens back is only a matter of where the next forward starts. Head layers are further layers of the
+same cache, at indices L, L+1, ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from headway.errors import DecodingError
+
+
+@dataclass
+class SlotView:
+    """The slots that layers of one kind hand to attention in the current forward.
+
+    Attributes:
+        window: tokens that a position sees, itself included; None for all.
+        start: first visible slot.
+        length: number of visible slots.
+    """
+
+    window: int | None
+    start: int = 0
+    length: int = 0
+
+    def cover(self, first_position: int, end_slot: int) -> None:
+        """Show what queries from `first_position` on can see, up to `end_slot` (excluded)."""
+        self.start = 0 if self.window is None else max(0, first_position - self.window + 1)
+        self.length = end_slot - self.start
+
+
+class RaggedLayer(CacheLayerMixin):  # type: ignore[misc]
+    """Keys and values of one layer, [B, H, C, D], allocated when the family first shows their shape and dtype."""
+
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self, owner: RaggedCache, view: SlotView) -> None:
+        super().__init__()
+        self.owner = owner
+        self.view = view
+        self.is_sliding = view.window is not None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate zeros: leftovers must be finite, since a masked slot still enters a product with weight 0."""
+        batch, heads, _, width = key_states.shape
+        self.keys = key_states.new_zeros(batch, heads, self.owner.capacity, width)
+        self.values = value_states.new_zeros(batch, heads, self.owner.capacity, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the current forward's keys and values at its slots and return the visible ones."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        owner, view = self.owner, self.view
+        if owner.slots_BM is None:
+            self.keys.narrow(2, owner.position, owner.width).copy_(key_states)
+            self.values.narrow(2, owner.position, owner.width).copy_(value_states)
+        else:
+            self.keys[owner.rows_B1, :, owner.slots_BM] = key_states.transpose(1, 2)
+            self.values[owner.rows_B1, :, owner.slots_BM] = value_states.transpose(1, 2)
+        return self.keys.narrow(2, view.start, view.length), self.values.narrow(2, view.start, view.length)
+
+    def get_seq_length(self) -> int:
+        """Position of the current forward's first query where all rows share one."""
+        return self.owner.position
+
+    def get_max_length(self) -> int:
+        """Capacity in slots."""
+        return self.owner.capacity
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Visible slots and the first of them, for families that build their own mask."""
+        return self.view.length, self.view.start
+
+
+class RaggedCache(Cache):  # type: ignore[misc]
+    """One `RaggedLayer` per layer of base and heads, all written at the slots that `begin` names.
+
+    Attributes:
+        capacity: slots per row.
+        views: one per attention window, shared by its layers.
+        position: first slot of the current forward where all rows share it.
+        width: M of the current forward.
+        slots_BM: slots of the current forward where rows differ, else None.
+    """
+
+    def __init__(self, windows: Sequence[int | None], *, batch: int, capacity: int, device: torch.device) -> None:
+        """Make empty layers.
+
+        Args:
+            windows: attention window of each layer, heads included; None sees everything.
+            batch: B.
+            capacity: C.
+            device: where positions live.
+        """
+        self.views: dict[int | None, SlotView] = {window: SlotView(window) for window in windows}
+        self.capacity = capacity
+        self.position = 0
+        self.width = 0
+        self.slots_BM: Tensor | None = None
+        self.rows_B1 = torch.arange(batch, device=device)[:, None]
+        super().__init__(layers=[RaggedLayer(self, self.views[window]) for window in windows])
+
+    def begin_aligned(self, position: int, width: int) -> None:
+        """The next forward writes slots position .. position + width - 1 of every row.
+
+        Raises:
+            DecodingError: beyond the capacity.
+        """
+        self._check_room(position + width)
+        self.position, self.width, self.slots_BM = position, width, None
+        for view in self.views.values():
+            view.cover(position, position + width)
+
+    def begin_ragged(self, slots_BM: Tensor, *, first: int, end: int) -> None:
+        """The next forward writes `slots_BM`, which lie in first .. end - 1.
+
+        Raises:
+            DecodingError: beyond the capacity.
+        """
+        self._check_room(end)
+        self.position, self.width, self.slots_BM = first, slots_BM.shape[1], slots_BM
+        for view in self.views.values():
+            view.cover(first, end)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """What every attention layer calls: store, and return what it may look at."""
+        keys, values = self.layers[layer_idx].update(key_states, value_states)
+        return keys, values
+
+    def _check_room(self, end: int) -> None:
+        if end > self.capacity:
+            raise DecodingError(f"the cache holds {self.capacity} slots per row, {end} are needed; make it larger")
+
+
+def attention_windows(config: Any, *, num_heads: int) -> list[int | None]:
+    """The attention window of every layer of the base and then of every head; heads do as the base's last layer.
+
+    Raises:
+        DecodingError: a layer type whose cache cannot be taken back.
+    """
+    window = getattr(config, "sliding_window", None)
+    kinds: dict[str, int | None] = {"full_attention": None, "sliding_attention": window}
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types:
+        unknown = sorted({str(kind) for kind in layer_types} - kinds.keys())
+        if unknown:
+            raise DecodingError(
+                f"layers of type {', '.join(unknown)} cannot take drafted tokens back; generate with model.base.generate"
+            )
+        windows = [kinds[kind] for kind in layer_types]
+    else:
+        windows = [window] * int(config.num_hidden_layers)
+    return windows + [windows[-1]] * num_heads

@@ -1,0 +1,139 @@
+"""Running base and heads on blocks: the Hugging Face model with the ragged cache.
+
+Legend: B rows, M positions of a block, D width, V vocabulary, K drafted tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headway.decoding.cache import RaggedCache, attention_windows
+from headway.decoding.masks import BlockMasks
+from headway.decoding.prompts import Prompts
+from headway.model.output import OffsetHiddenStates
+
+
+class EagerExecutor:
+    """The model as it is, on one batch: prefill once, then block after block.
+
+    A block is [last known token, draft]; its keys and values go to slots position .. position + M - 1 of each row.
+    Going back after a rejected draft is calling `block` with smaller positions.
+
+    Attributes:
+        cache: keys and values of base and heads.
+    """
+
+    def __init__(self, model: Any, prompts: Prompts, *, max_new_tokens: int, num_draft_tokens: int) -> None:
+        """Prepare the cache for prompts + new tokens + one draft.
+
+        Args:
+            model: a `MultiTokenLM`.
+            prompts: the batch; only `ids_BP` and `lengths` are used.
+            max_new_tokens: the most tokens a row can get.
+            num_draft_tokens: K; without drafts the cache has no head layers.
+        """
+        self._model = model
+        self._prompts = prompts
+        embedding = model.get_input_embeddings().weight
+        self.device: torch.device = embedding.device
+        # The last token of a row is emitted but never fed, so positions end two before prompt + new tokens; beyond it
+        # lie only drafts that the limit will cut, whose position does not matter as long as the model has it.
+        self._last_position = max(prompts.lengths) + max_new_tokens - 2
+        num_heads = num_draft_tokens
+        self.cache = RaggedCache(
+            attention_windows(model.config, num_heads=num_heads),
+            batch=prompts.batch,
+            capacity=max(prompts.lengths) + max_new_tokens + num_draft_tokens,
+            device=self.device,
+        )
+        self._masks = BlockMasks(
+            model.config, self.cache, width=num_draft_tokens + 1, dtype=embedding.dtype, device=self.device
+        )
+        self._positions_BC = torch.arange(self.cache.capacity, device=self.device).expand(prompts.batch, -1)
+        self._rows_B = torch.arange(prompts.batch, device=self.device)
+
+    def prefill(self, *, num_offsets: int) -> OffsetHiddenStates:
+        """Read the prompts; hidden states [B, 1, D] at each row's last token."""
+        ids_BP = self._prompts.ids_BP.to(self.device)
+        columns = ids_BP.shape[1]
+        self.cache.begin_aligned(0, columns)
+        # Without a mask the family makes its own causal or windowed one, or none at all where attention can do without.
+        # Filler at the end of short rows is behind every real token's back and its slots are overwritten later.
+        states = self._run(ids_BP, None, self._positions_BC.narrow(1, 0, columns), num_offsets)
+        if min(self._prompts.lengths) == columns:
+            return _select(states, slice(columns - 1, columns))
+        last_B = torch.tensor(self._prompts.lengths, device=self.device) - 1
+        return OffsetHiddenStates(
+            last_hidden_BTD=states.last_hidden_BTD[self._rows_B, last_B][:, None],
+            future_hidden=tuple(head_BTD[self._rows_B, last_B][:, None] for head_BTD in states.future_hidden),
+        )
+
+    def block(self, block_BM: Tensor, positions: Sequence[int], *, num_offsets: int) -> OffsetHiddenStates:
+        """One forward of base and heads over a block.
+
+        Args:
+            block_BM: the last known token of each row and its draft.
+            positions: position of each row's last known token.
+            num_offsets: heads beyond this offset are not run.
+
+        Returns:
+            Hidden states [B, M, D]; offset 1 after the final norm, the others before it.
+        """
+        width = block_BM.shape[1]
+        low, high = min(positions), max(positions)
+        if low == high:
+            self.cache.begin_aligned(low, width)
+            return self._run(block_BM, self._masks.aligned(), self._positions_BC.narrow(1, low, width), num_offsets)
+        start_B1 = torch.tensor(positions, device=self.device)[:, None]
+        slots_BM = start_B1 + self._positions_BC.narrow(1, 0, width)
+        self.cache.begin_ragged(slots_BM, first=low, end=high + width)
+        positions_BM = slots_BM.clamp(max=self._last_position)
+        return self._run(block_BM, self._masks.ragged(slots_BM), positions_BM, num_offsets)
+
+    def logits(self, last_hidden_BMD: Tensor) -> Tensor:
+        """Offset-1 logits [B, M, V] of hidden states that the decoder has already normed."""
+        logits: Tensor = self._model.unembed(last_hidden_BMD)
+        return logits
+
+    def draft(self, states: OffsetHiddenStates, accepted: Sequence[int], *, count: int) -> Tensor:
+        """The heads' most likely tokens after the last accepted position of each row.
+
+        Args:
+            states: of the last forward.
+            accepted: per row, how many of that forward's drafts stand: the heads are read there.
+            count: K wanted.
+
+        Returns:
+            int64 [B, K]; item i is offset i + 2.
+        """
+        future = states.future_hidden[:count]
+        if len(set(accepted)) == 1:
+            hidden_KBD = torch.stack([head_BMD[:, accepted[0]] for head_BMD in future])
+        else:
+            at_B = torch.tensor(accepted, device=self.device)
+            hidden_KBD = torch.stack([head_BMD[self._rows_B, at_B] for head_BMD in future])
+        logits_KBV = self._model.unembed(self._model.final_norm(hidden_KBD))
+        draft_KB: Tensor = logits_KBV.argmax(dim=-1)
+        return draft_KB.T
+
+    def _run(self, ids: Tensor, mask: Any, position_ids: Tensor, num_offsets: int) -> OffsetHiddenStates:
+        states: OffsetHiddenStates = self._model.offset_hidden_states(
+            ids,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=self.cache,
+            use_cache=True,
+            num_offsets=num_offsets,
+        )
+        return states
+
+
+def _select(states: OffsetHiddenStates, columns: slice) -> OffsetHiddenStates:
+    return OffsetHiddenStates(
+        last_hidden_BTD=states.last_hidden_BTD[:, columns],
+        future_hidden=tuple(head_BTD[:, columns] for head_BTD in states.future_hidden),
+    )

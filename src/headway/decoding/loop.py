@@ -1,0 +1,154 @@
+"""The decoding loop: prefill, then one forward per block until every row has ended.
+
+Legend: B rows, M positions of a block, K drafted tokens, N future tokens.
+
+A block is the last known token of each row and the draft after it. One forward of base and heads over the block gives
+the model's own choice after each of its positions, hence how much of the draft stands, and, at the last position that
+stands, the heads' proposals for the next block (Gloeckle et al. 2024, section 3.2; Stern et al. 2018, section 4: the
+merged verify and predict steps). Plain decoding is the same loop with K = 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headway.decoding.choosing import Chooser, Emission
+from headway.decoding.executor import EagerExecutor
+from headway.decoding.prompts import Prompts
+from headway.decoding.statistics import DecodingMode, GenerationResult, RowForward, acceptance_statistics
+from headway.model.output import OffsetHiddenStates
+
+
+@dataclass
+class DecodingLoop:
+    """One batch on its way from prompts to a result.
+
+    All bookkeeping is on the host, in integers per row: the device is waited for once per block, for the tokens.
+
+    Attributes:
+        executor: runs the model.
+        chooser: turns logits into tokens.
+        prompts: the batch.
+        num_future_tokens: N of the model, for the statistics.
+        num_draft_tokens: K, drafted tokens per block.
+        max_new_tokens: the most tokens a row can get, at least 1.
+        pad_token_id: what fills a row after its end.
+        streamer: gets the tokens of row 0 one by one, as transformers' streamers do; None where there is none.
+        note: goes into the result.
+        rows: per row what each forward gave, the prefill first.
+        interrupted: set by Ctrl-C.
+    """
+
+    executor: EagerExecutor
+    chooser: Chooser
+    prompts: Prompts
+    num_future_tokens: int
+    num_draft_tokens: int
+    max_new_tokens: int
+    pad_token_id: int
+    streamer: Any = None
+    note: str | None = None
+    rows: list[list[RowForward]] = field(init=False)
+    interrupted: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self.rows = [[] for _ in self.prompts.lengths]
+        self._rooms = [self.max_new_tokens] * self.prompts.batch
+        self._positions = [length - 1 for length in self.prompts.lengths]
+        self._block_BM: Tensor | None = None
+        self._streamed = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether every row has ended."""
+        return not any(self._rooms)
+
+    @property
+    def mode(self) -> DecodingMode:
+        """Whether blocks hold drafts."""
+        return "self-speculative" if self.num_draft_tokens else "plain"
+
+    def run(self) -> None:
+        """Step until every row has ended, or until Ctrl-C, after which the tokens so far stand."""
+        try:
+            while not self.finished:
+                self.step()
+        except KeyboardInterrupt:
+            self.interrupted = True
+        self._stream()
+
+    def step(self) -> list[list[int]]:
+        """One forward, the first being the prefill.
+
+        Returns:
+            Per row the tokens that it emitted; empty for a row that had ended before.
+        """
+        # A forward emits at least one token per row, so heads are needed for what can follow after that.
+        num_offsets = 1 + min(self.num_draft_tokens, max(0, max(self._rooms) - 2))
+        if self._block_BM is None:
+            states = self.executor.prefill(num_offsets=num_offsets)
+            block_BM = self.prompts.ids_BP[:, -1:]
+        else:
+            block_BM = self._block_BM
+            states = self.executor.block(block_BM, self._positions, num_offsets=num_offsets)
+        logits_BMV = self.executor.logits(states.last_hidden_BTD)
+        emissions = self.chooser.choose(logits_BMV, block_BM, self._rooms)
+        self._commit(emissions, drafted=block_BM.shape[1] - 1)
+        self._stream()
+        if not self.finished:
+            self._block_BM = self._next_block(states, emissions)
+        return [emission.tokens if emission else [] for emission in emissions]
+
+    def _commit(self, emissions: list[Emission | None], *, drafted: int) -> None:
+        for row, emission in enumerate(emissions):
+            if emission is None:
+                continue
+            count = len(emission.tokens)
+            # One append per row holds everything the result is made of, so that Ctrl-C cannot leave half of it behind.
+            self.rows[row].append(RowForward(emission.tokens, min(drafted, count), emission.accepted))
+            self._positions[row] += count
+            self._rooms[row] = 0 if emission.finished else self._rooms[row] - count
+
+    def _next_block(self, states: OffsetHiddenStates, emissions: list[Emission | None]) -> Tensor:
+        # An ended row keeps its place in the batch; what it is fed no longer matters.
+        last = [emission.tokens[-1] if emission else 0 for emission in emissions]
+        last_B1 = torch.tensor(last, device=self.executor.device)[:, None]
+        count = min(self.num_draft_tokens, max(self._rooms) - 1)
+        if count == 0:
+            return last_B1
+        # Where a row goes on, all its tokens but the last are accepted drafts.
+        places = [len(emission.tokens) - 1 if emission else 0 for emission in emissions]
+        return torch.cat((last_B1, self.executor.draft(states, places, count=count)), dim=1)
+
+    def _stream(self) -> None:
+        if self.streamer is None:
+            return
+        for token in self._new_tokens(0)[self._streamed :]:
+            self._streamed += 1
+            self.streamer.put(torch.tensor([token]))
+
+    def _new_tokens(self, row: int) -> list[int]:
+        return [token for forward in self.rows[row] for token in forward.tokens]
+
+    def result(self) -> GenerationResult:
+        """What has been generated so far, in the caller's shape."""
+        given_BT = self.prompts.given_BT
+        new = [self._new_tokens(row) for row in range(self.prompts.batch)]
+        longest = max(len(tokens) for tokens in new)
+        padded = [tokens + [self.pad_token_id] * (longest - len(tokens)) for tokens in new]
+        new_BT = torch.tensor(padded, dtype=torch.long, device=given_BT.device).reshape(len(new), longest)
+        return GenerationResult(
+            sequences=torch.cat((given_BT, new_BT), dim=1),
+            acceptance=acceptance_statistics(
+                [row[1:] for row in self.rows],
+                num_future_tokens=self.num_future_tokens,
+                interrupted=self.interrupted,
+            ),
+            mode=self.mode,
+            note=self.note,
+            num_new_tokens=torch.tensor([len(tokens) for tokens in new], dtype=torch.long),
+        )

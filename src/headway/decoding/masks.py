@@ -1,0 +1,103 @@
+"""Which slots each position of a block may look at.
+
+Legend: B rows, M positions of one forward, S visible slots.
+
+Masks are additive and in the model's dtype: that is what both the "sdpa" and the "eager" attention of transformers take
+(a boolean mask is silently added as 0 and 1 in eager). They are built once per forward, not once per layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headway.decoding.cache import RaggedCache
+from headway.model.documents import masks_by_layer_type
+
+
+def additive_mask(
+    positions_BM: Tensor, slots_S: Tensor, *, window: int | None, dtype: torch.dtype
+) -> Tensor:
+    """0 where the query at a position may look at a slot, the dtype's lowest number elsewhere.
+
+    A position sees its own slot and those before it, at most `window` in all. No row is ever fully masked: every
+    position sees itself.
+
+    >>> additive_mask(torch.tensor([[2, 3]]), torch.arange(5), window=2, dtype=torch.float32) == 0
+    tensor([[[[False,  True,  True, False, False],
+              [False, False,  True,  True, False]]]])
+
+    Args:
+        positions_BM: positions of the queries.
+        slots_S: slots that attention is given; slot equals position.
+        window: tokens that a position sees, itself included; None for all.
+        dtype: of the mask.
+
+    Returns:
+        [B, 1, M, S].
+    """
+    query_BM1 = positions_BM[:, :, None]
+    hidden_BMS = slots_S > query_BM1
+    if window is not None:
+        hidden_BMS |= slots_S <= query_BM1 - window
+    mask_BMS = torch.zeros(hidden_BMS.shape, dtype=dtype, device=hidden_BMS.device)
+    return mask_BMS.masked_fill_(hidden_BMS, torch.finfo(dtype).min)[:, None]
+
+
+class BlockMasks:
+    """Masks of decoding forwards: a slice of one prepared band where all rows stand at the same position.
+
+    Row i of the band holds what the query at position p + i sees of slot p + r, for every distance r from -C to M - 1;
+    it does not depend on p, so a mask is a view and costs nothing.
+    """
+
+    def __init__(self, config: Any, cache: RaggedCache, *, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Prepare the bands.
+
+        Args:
+            config: the base's configuration; tells whether its forward takes one mask or one per layer type.
+            cache: tells which slots are visible.
+            width: largest M.
+            dtype: the model's.
+            device: the model's.
+        """
+        self._config = config
+        self._cache = cache
+        self._dtype = dtype
+        self._slots_C = torch.arange(cache.capacity, device=device)
+        queries_1M = torch.arange(width, device=device)[None] + cache.capacity
+        band_slots = torch.arange(cache.capacity + width, device=device)
+        self._bands = {
+            window: additive_mask(queries_1M, band_slots, window=window, dtype=dtype) for window in cache.views
+        }
+        # A single query sees every slot that its layer's view shows, so "sdpa" can do without a mask, its fastest case.
+        # A family that takes one mask for all layers would then build its own, which is none without a window only.
+        self._layer_types = set(getattr(config, "layer_types", None) or ())
+        self._single_query_unmasked = getattr(config, "_attn_implementation", None) == "sdpa" and (
+            bool(self._layer_types) or set(cache.views) == {None}
+        )
+
+    def aligned(self) -> Tensor | dict[str, Tensor] | dict[str, None] | None:
+        """Masks [1, 1, M, S] for a forward of which every row starts at the cache's position."""
+        cache = self._cache
+        if cache.width == 1 and self._single_query_unmasked:
+            return dict.fromkeys(self._layer_types) if self._layer_types else None
+
+        def build(window: int | None) -> Tensor:
+            view = cache.views[window]
+            start = view.start - cache.position + cache.capacity
+            return self._bands[window].narrow(2, 0, cache.width).narrow(3, start, view.length)
+
+        return masks_by_layer_type(self._config, build)
+
+    def ragged(self, positions_BM: Tensor) -> Tensor | dict[str, Tensor]:
+        """Masks [B, 1, M, S] for a forward whose rows stand at different positions."""
+
+        def build(window: int | None) -> Tensor:
+            view = self._cache.views[window]
+            slots_S = self._slots_C.narrow(0, view.start, view.length)
+            return additive_mask(positions_BM, slots_S, window=window, dtype=self._dtype)
+
+        return masks_by_layer_type(self._config, build)

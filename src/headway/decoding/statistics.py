@@ -1,0 +1,129 @@
+"""What a generation measured about itself.
+
+Legend: B rows, N future tokens.
+
+Counting rules: the prefill and the token it gives are not counted; neither are forwards during which a row was already
+finished; neither are tokens that an end-of-sequence id, a stop string or a length limit cut off.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+DecodingMode = Literal["self-speculative", "plain"]
+
+
+class RowForward(NamedTuple):
+    """What one forward did for one row.
+
+    Attributes:
+        tokens: the tokens it emitted.
+        drafted: drafts that were compared with an emitted token.
+        accepted: how many of them, from the front, were right.
+    """
+
+    tokens: list[int]
+    drafted: int
+    accepted: int
+
+
+@dataclass(frozen=True, eq=False)
+class AcceptanceStatistics:
+    """How far each forward got.
+
+    Attributes:
+        mean_acceptance_length: tokens emitted per forward, the model's own token included, pooled over rows: 1..n; NaN
+            where no forward followed the prefill.
+        acceptance_rate: float64 [N-1], item i for offset i + 2: of the drafts whose earlier offsets were all right, the
+            share that was right too; pooled over rows, NaN where never drafted.
+        forwards: int64 [B], forwards after the prefill in which the row was unfinished.
+        emitted_tokens: int64 [B], tokens that these forwards gave (the prefill's token is not among them).
+        lengths: per row, the tokens emitted by each of its forwards.
+        interrupted: whether Ctrl-C ended the generation.
+    """
+
+    mean_acceptance_length: float
+    acceptance_rate: Tensor
+    forwards: Tensor
+    emitted_tokens: Tensor
+    lengths: list[list[int]]
+    interrupted: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields; NaN becomes None."""
+        rates = [None if math.isnan(rate) else rate for rate in self.acceptance_rate.tolist()]
+        mean = self.mean_acceptance_length
+        return {
+            "mean_acceptance_length": None if math.isnan(mean) else mean,
+            "acceptance_rate": rates,
+            "forwards": self.forwards.tolist(),
+            "emitted_tokens": self.emitted_tokens.tolist(),
+            "lengths": self.lengths,
+            "interrupted": self.interrupted,
+        }
+
+
+def acceptance_statistics(
+    rows: Sequence[Sequence[RowForward]], *, num_future_tokens: int, interrupted: bool = False
+) -> AcceptanceStatistics:
+    """Pool the forwards of a batch.
+
+    >>> rows = [[RowForward([5, 6], drafted=2, accepted=1), RowForward([7], drafted=1, accepted=0)]]
+    >>> statistics = acceptance_statistics(rows, num_future_tokens=3)
+    >>> statistics.mean_acceptance_length, statistics.acceptance_rate.tolist(), statistics.lengths
+    (1.5, [0.5, 0.0], [[2, 1]])
+
+    Args:
+        rows: per row its forwards after the prefill.
+        num_future_tokens: N.
+        interrupted: whether Ctrl-C ended the generation.
+    """
+    drafted = [0] * (num_future_tokens - 1)
+    accepted = [0] * (num_future_tokens - 1)
+    for row in rows:
+        for forward in row:
+            for index in range(forward.drafted):
+                drafted[index] += 1
+            for index in range(forward.accepted):
+                accepted[index] += 1
+    lengths = [[len(forward.tokens) for forward in row] for row in rows]
+    forwards = sum(len(row) for row in lengths)
+    emitted = sum(sum(row) for row in lengths)
+    return AcceptanceStatistics(
+        mean_acceptance_length=emitted / forwards if forwards else math.nan,
+        acceptance_rate=torch.tensor(
+            [right / tried if tried else math.nan for right, tried in zip(accepted, drafted, strict=True)],
+            dtype=torch.float64,
+        ),
+        forwards=torch.tensor([len(row) for row in lengths], dtype=torch.long),
+        emitted_tokens=torch.tensor([sum(row) for row in lengths], dtype=torch.long),
+        lengths=lengths,
+        interrupted=interrupted,
+    )
+
+
+@dataclass
+class GenerationResult(ModelOutput):  # type: ignore[misc]
+    """What `generate(return_dict_in_generate=True)` returns; `result[0]` is `sequences`.
+
+    Attributes:
+        sequences: int64 [B, T + new], `input_ids` as given and from column T on the new tokens; after a row's end the
+            padding id (the end-of-sequence id where there is none, 0 where there is neither).
+        acceptance: how far each forward got.
+        mode: "self-speculative", or "plain" for one token per forward.
+        note: why the mode is plain although a draft was possible, else None.
+        num_new_tokens: int64 [B], new tokens of each row, without padding.
+    """
+
+    sequences: Tensor
+    acceptance: AcceptanceStatistics = None  # type: ignore[assignment]  # ModelOutput allows one required field
+    mode: DecodingMode = None  # type: ignore[assignment]
+    note: str | None = None
+    num_new_tokens: Tensor = None  # type: ignore[assignment]
