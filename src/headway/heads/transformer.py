@@ -41,7 +41,7 @@ def transformer_heads(
             module._forward_hooks.clear()
             module._forward_hooks_with_kwargs.clear()
             if hasattr(module, "layer_idx"):
-                module.layer_idx = first_layer_idx + index
+                module.layer_idx = first_layer_idx + index  # type: ignore[assignment]
         if initialize is not None:
             for parameter in head.parameters():
                 # Set by from_pretrained on loaded tensors; the family's initialiser skips tensors that have it.

@@ -92,20 +92,50 @@ def chunked_loss(
             for offset in range(1, num_offsets + 1)
         ]
     )
-    num_targets_N = (targets_NM != IGNORE_INDEX).sum(dim=1)
-    hidden, weight = _as_linear_would(hidden_per_offset, weight_VD)
-    sum_dtype = torch.float64 if hidden[0].dtype == torch.float64 else torch.float32
-    counts_N = num_targets_N if num_valid_targets_N is None else num_valid_targets_N.to(num_targets_N.device)
-    if counts_N.shape != (num_offsets,):
+    counts_N = num_valid_targets_N
+    if counts_N is not None and counts_N.shape != (num_offsets,):
         raise DataError(
             f"num_valid_targets must hold one count per offset: got shape {tuple(counts_N.shape)}, there are "
             f"{num_offsets} offsets; use headway.functional.targets.count_valid_targets"
         )
-    factors_N = torch.ones(num_offsets, dtype=sum_dtype, device=labels_BT.device)
-    if offset_weights is not None:
-        factors_N = torch.tensor(list(offset_weights), dtype=sum_dtype, device=labels_BT.device)
-    factors_N = factors_N / counts_N.clamp(min=1).to(sum_dtype)
-    total, sums_N = _ChunkedCrossEntropy.apply(
+    return loss_of_targets(
+        hidden_per_offset,
+        weight_VD,
+        targets_NM,
+        offset_weights=(1.0,) * num_offsets if offset_weights is None else offset_weights,
+        counts_N=counts_N,
+        soft_cap=soft_cap,
+        chunk_tokens=chunk_tokens,
+    )
+
+
+def loss_of_targets(
+    hidden_per_offset: Sequence[Tensor],
+    weight_VD: Tensor,
+    targets_NM: Tensor,
+    *,
+    offset_weights: Sequence[float],
+    counts_N: Tensor | None = None,
+    soft_cap: SoftCap | None = None,
+    chunk_tokens: int = 1024,
+) -> MultiTokenLoss:
+    """`chunked_loss` for targets that are already shifted: row i of `targets_NM` belongs to hidden states i.
+
+    Args:
+        hidden_per_offset: N tensors [B, T, D].
+        weight_VD: the unembedding.
+        targets_NM: what each position must predict, -100 where nothing.
+        offset_weights: N factors.
+        counts_N: divide by these instead of the number of targets given.
+        soft_cap: the family's logit soft-capping.
+        chunk_tokens: rows of logits that are alive at once.
+    """
+    num_targets_N = (targets_NM != IGNORE_INDEX).sum(dim=1)
+    hidden, weight = _as_linear_would(hidden_per_offset, weight_VD)
+    sum_dtype = torch.float64 if hidden[0].dtype == torch.float64 else torch.float32
+    divisors_N = (num_targets_N if counts_N is None else counts_N.to(num_targets_N.device)).clamp(min=1)
+    factors_N = torch.tensor(list(offset_weights), dtype=sum_dtype, device=targets_NM.device) / divisors_N.to(sum_dtype)
+    total, sums_N = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
         weight, targets_NM, factors_N, soft_cap or SoftCap(), chunk_tokens, *(h.flatten(0, 1) for h in hidden)
     )
     means_N = sums_N.detach() / num_targets_N.clamp(min=1).to(sum_dtype)
@@ -179,17 +209,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (sums_N * factors_N).sum(), sums_N
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_total = grad_outputs[0]
         if grad_total is None:
-            return (None,) * (5 + ctx.num_offsets)
+            return (None,) * (5 + int(ctx.num_offsets))
         factors_N, *grad_hidden = ctx.saved_tensors
         scales_N = factors_N * grad_total
         scaled: list[Tensor | None] = [None] * ctx.num_offsets
         for index, grad_MD in enumerate(grad_hidden):
             scaled[index] = grad_MD * scales_N[index].to(grad_MD.dtype)
-        grad_weight_VD = None if ctx.grad_weight_VD is None else ctx.grad_weight_VD * grad_total.to(ctx.grad_weight_VD.dtype)
+        grad_weight_VD: Tensor | None = ctx.grad_weight_VD
+        if grad_weight_VD is not None:
+            grad_weight_VD = grad_weight_VD * grad_total.to(grad_weight_VD.dtype)
         return (grad_weight_VD, None, None, None, None, *scaled)
 
 

@@ -48,9 +48,9 @@ def save_model(
     base_state, heads_state = _split(model, state_dict)
 
     def write(folder: Path) -> None:
-        model.base.save_pretrained(folder, state_dict=base_state, max_shard_size=max_shard_size, **kwargs)
+        model.base.save_pretrained(folder, state_dict=dict(base_state), max_shard_size=max_shard_size, **kwargs)
         _write_index(folder)
-        _write_heads(model, folder, heads_state, name=None)
+        _write_heads(model, folder, base_state, heads_state, name=None)
 
     write_folder(
         save_directory,
@@ -64,7 +64,7 @@ def save_heads(model: Any, save_directory: str | PathLike[str], *, overwrite: bo
     """See `MultiTokenLM.save_heads`."""
 
     def write(folder: Path) -> None:
-        _write_heads(model, folder, _split(model, None)[1], name=model.name_or_path or None)
+        _write_heads(model, folder, *_split(model, None), name=model.name_or_path or None)
 
     write_folder(save_directory, write, overwrite=overwrite, replaces=("config.json", CONFIG_FILE, HEADS_FILE))
 
@@ -138,7 +138,9 @@ def _write_index(folder: Path) -> None:
     index.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True))
 
 
-def _write_heads(model: Any, folder: Path, heads_state: Mapping[str, Tensor], *, name: str | None) -> None:
+def _write_heads(
+    model: Any, folder: Path, base_state: Mapping[str, Tensor], heads_state: Mapping[str, Tensor], *, name: str | None
+) -> None:
     (folder / HEADS_FOLDER).mkdir()
     heads_path = folder / HEADS_FILE
     save_file({key: tensor.detach().contiguous() for key, tensor in heads_state.items()}, heads_path, {"format": "pt"})
@@ -153,7 +155,7 @@ def _write_heads(model: Any, folder: Path, heads_state: Mapping[str, Tensor], *,
             "num_hidden_layers": text_config.num_hidden_layers,
             "hidden_size": text_config.hidden_size,
             "vocab_size": text_config.vocab_size,
-            "fingerprint": base_fingerprint(model.base),
+            "fingerprint": base_fingerprint(model.base, base_state),
         },
         "heads_sha256": _sha256(heads_path),
         "num_tensors": len(heads_state),

@@ -80,9 +80,9 @@ def resolve_family(causal_lm: Any) -> Family:
         IncompatibleModelError: an unknown family, or a known one in a configuration that heads cannot follow; the
             message names what differs.
     """
-    config = getattr(causal_lm, "config", None)
+    config: Any = getattr(causal_lm, "config", None)
     model_type = getattr(config, "model_type", None)
-    if not isinstance(causal_lm, nn.Module) or model_type is None:
+    if model_type is None or not hasattr(causal_lm, "forward"):
         raise IncompatibleModelError(
             f"heads attach to a Hugging Face causal LM: got {type(causal_lm).__name__}; load one with "
             f"transformers.AutoModelForCausalLM.from_pretrained"
@@ -107,7 +107,8 @@ def resolve_family(causal_lm: Any) -> Family:
             f"{type(causal_lm).__name__} has {len(layers)} layers, its configuration says {config.num_hidden_layers}; "
             f"make them agree before attaching heads"
         )
-    if lm_head.bias is not None:
+    bias: Tensor | None = lm_head.bias
+    if bias is not None:
         raise IncompatibleModelError(
             f"the unembedding of this {model_type} model has a bias, which the shared unembedding of the heads does not "
             f"support; use a checkpoint without one"
@@ -175,7 +176,8 @@ def check_parity(
     if parameter.device.type == "meta":
         return
     vocabulary = parameter.shape[0]
-    input_ids_BT = (torch.arange(16, device=family.decoder.get_input_embeddings().weight.device) * 7919 % vocabulary).view(2, 8)  # type: ignore[operator]
+    device = causal_lm.get_input_embeddings().weight.device
+    input_ids_BT = (torch.arange(16, device=device) * 7919 % vocabulary).view(2, 8)
     was_training = causal_lm.training
     causal_lm.eval()
     try:

@@ -25,16 +25,15 @@ def weights_fingerprint(tensors: Mapping[str, Tensor], *, dtype: torch.dtype | N
         digest.update(f"{name}|{tuple(tensor.shape)}|".encode())
         flat = tensor.cpu().contiguous().view(-1)
         if flat.numel():
-            digest.update(memoryview(flat.view(torch.uint8).numpy()))
+            digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def base_fingerprint(base: Any) -> dict[str, str]:
+def base_fingerprint(base: Any, state_dict: Mapping[str, Tensor]) -> dict[str, str]:
     """What `mtp/config.json` records of a base: its exact weights, and their bfloat16 rounding for other precisions."""
-    tensors = unique_tensors(base.state_dict())
-    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
+    tensors = untied_tensors(base, state_dict)
     return {
-        "dtype": ",".join(dtypes),
+        "dtype": _dtypes(tensors),
         "sha256": weights_fingerprint(tensors),
         "sha256_bfloat16": weights_fingerprint(tensors, dtype=torch.bfloat16),
     }
@@ -42,22 +41,17 @@ def base_fingerprint(base: Any) -> dict[str, str]:
 
 def same_base(recorded: Mapping[str, str], base: Any) -> bool:
     """Whether `base` is the recorded one, exactly where precisions agree, else after rounding both to bfloat16."""
-    tensors = unique_tensors(base.state_dict())
-    dtypes = ",".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}))
-    if dtypes == recorded.get("dtype"):
+    tensors = untied_tensors(base, base.state_dict())
+    if _dtypes(tensors) == recorded.get("dtype"):
         return weights_fingerprint(tensors) == recorded.get("sha256")
     return weights_fingerprint(tensors, dtype=torch.bfloat16) == recorded.get("sha256_bfloat16")
 
 
-def unique_tensors(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that share storage (tied weights) once, under the first of their names in alphabetical order."""
-    seen: set[tuple[int, tuple[int, ...]]] = set()
-    kept: dict[str, Tensor] = {}
-    for name in sorted(state_dict):
-        tensor = state_dict[name]
-        key = (tensor.data_ptr(), tuple(tensor.shape))
-        if tensor.numel() and key in seen:
-            continue
-        seen.add(key)
-        kept[name] = tensor
-    return kept
+def untied_tensors(base: Any, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict without the names that only repeat another tensor (tied unembeddings)."""
+    repeated = getattr(base, "all_tied_weights_keys", None) or {}
+    return {name: tensor for name, tensor in state_dict.items() if name not in repeated}
+
+
+def _dtypes(tensors: Mapping[str, Tensor]) -> str:
+    return ",".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}))

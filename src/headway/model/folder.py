@@ -70,7 +70,7 @@ def _move_in(aside: Path, target: Path, *, overwrite: bool) -> None:
             for pattern in _WEIGHT_PATTERNS:
                 for stale in (target / folder).glob(pattern):
                     stale.unlink()
-    for path in sorted(written, key=lambda path: (path.name == "config.json", path.parent == Path("."), path)):
+    for path in sorted(written, key=lambda path: (path.name == "config.json", path.parent == Path(), path)):
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         (aside / path).replace(target / path)
 

@@ -25,7 +25,7 @@ from headway.losses.chunked import MultiTokenLoss, chunked_loss
 from headway.model.checkpoint import load_model, save_heads, save_model
 from headway.model.config import MultiTokenConfig
 from headway.model.documents import AttentionMask, isolating_mask, positions_from_documents
-from headway.model.families import Family, check_config, check_parity, resolve_family
+from headway.model.families import check_config, check_parity, resolve_family
 from headway.model.output import MultiTokenOutput, OffsetHiddenStates
 from headway.model.tap import LastLayerTap
 
@@ -144,7 +144,7 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         return cls(base, fresh)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls, pretrained_model_name_or_path: str | PathLike[str], *, base: Any = None, **kwargs: Any
     ) -> MultiTokenLM:
         """Load a folder that `save_pretrained` or `save_heads` wrote, or such a repository of the hub.
@@ -164,7 +164,7 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         """
         return cast(MultiTokenLM, load_model(cls, pretrained_model_name_or_path, base=base, **kwargs))
 
-    def save_pretrained(  # type: ignore[override]
+    def save_pretrained(
         self,
         save_directory: str | PathLike[str],
         is_main_process: bool = True,
@@ -408,7 +408,7 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         if past_key_values is None:
             # Heads write at layer indices L, L+1, ...; a cache built from the config has L layers only.
             wants_cache = self.config.use_cache if use_cache is None else use_cache
-            checkpointing = self.training and self.is_gradient_checkpointing
+            checkpointing = self.training and self.is_activation_checkpointing
             return DynamicCache() if wants_cache and not checkpointing else None
         if isinstance(past_key_values, DynamicCache):
             base_layers, seen = len(self.family.layers), past_key_values.get_seq_length()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -27,7 +27,7 @@ class LayerCall:
     def replay(self, layer: nn.Module, hidden_BTD: Tensor | None = None) -> Tensor:
         """Call another layer of the same family on the same input (or on `hidden_BTD`), with the same arguments."""
         output = layer(self.hidden_BTD if hidden_BTD is None else hidden_BTD, *self.args, **self.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
 
 class LastLayerTap:
