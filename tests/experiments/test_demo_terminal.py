@@ -62,8 +62,8 @@ def test_panes_show_what_had_been_emitted_by_then(comparison):
     console = console_of()
     # The prefill's token comes at 0.01 s, the first block of three at 0.02 s.
     console.print(panes(comparison, width=console.width, coloured=False, elapsed=0.021))
-    assert "2 tokens, 2 forward passes" in printed(console)
-    assert "4 tokens, 2 forward passes" in printed(console)
+    assert "2 tokens: prefill + 1 forward passes" in printed(console)
+    assert "4 tokens: prefill + 1 forward passes" in printed(console)
 
 
 def test_hostile_bytes_and_names_reach_the_terminal_as_pictures(hostile_comparison):

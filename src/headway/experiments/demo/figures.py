@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from headway.evaluation.acceptance import WalkAcceptance
 from headway.evaluation.speed import DecodingSpeed
@@ -56,6 +57,7 @@ def loss_figure(curve: Sequence[CurvePoint], held_out_nats: Sequence[float]) -> 
             axes.plot(steps, values, color=colour, linewidth=1.6, label=f"offset {index + 1}")
             if steps and not math.isnan(held_out):
                 axes.plot([steps[-1]], [held_out], marker="D", markersize=5, color=colour, clip_on=False)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("loss in nats per byte")
         axes.set_title("Training loss per offset (diamonds: held-out text)", loc="left")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from headway.evaluation.speed import HUGGING_FACE, PLAIN, SELF_SPECULATIVE
+from headway.evaluation.speed import HUGGING_FACE, PLAIN, SELF_SPECULATIVE, DecodingSpeed
 from headway.experiments.demo.blocks import plain_text, printable, text_blocks
 from headway.experiments.demo.figures import acceptance_figure, loss_figure, speed_figure
 from headway.experiments.demo.folder import write_text
@@ -192,7 +192,20 @@ def _speed(result: DemoResult) -> str:
         f"{_text(result.speed.device)}. A time is that of a whole call, prefill included, for every arm alike. All "
         f"arms gave the same tokens: {'yes' if result.speed.identical else 'no'}.</p>"
         f'<div class="panel">{_table(speed_table(result.speed))}</div>'
+        '<div class="split">'
         f'<div class="panel">{_figure(speed_figure(result.speed))}</div>'
+        f'<div class="panel">{_table(_ratio_table(result.speed))}</div></div>'
+    )
+
+
+def _ratio_table(speed: DecodingSpeed) -> FigureTable:
+    return FigureTable(
+        title="Speed-ups, each taken within a round",
+        columns=("speed-up of", "median", "lowest", "highest"),
+        rows=tuple(
+            (f"{ratio.fast} over {ratio.slow}", f"{ratio.median:.2f}x", f"{ratio.low:.2f}x", f"{ratio.high:.2f}x")
+            for ratio in speed.ratios
+        ),
     )
 
 

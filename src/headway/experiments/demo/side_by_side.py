@@ -137,7 +137,8 @@ def _pane(
         text.append("\n" * sum(block.text.count("\n") for block in blocks[shown:]))
     tokens = sum(generation.lengths[:shown])
     seconds = generation.seconds if elapsed is None else min(elapsed, generation.seconds)
-    subtitle = f"{tokens} tokens, {shown} forward passes, {seconds:.2f} s"
+    # The prefill is no pass of the decoding: the engine does not count it either.
+    subtitle = f"{tokens} tokens: prefill + {max(0, shown - 1)} forward passes, {seconds:.2f} s"
     border = "cyan" if generation is comparison.self_speculative else "white"
     return Panel(text, title=title, subtitle=subtitle, border_style=border if coloured else "none")
 
