@@ -7,22 +7,29 @@ forward: every new shape would be compiled anew, for seconds.
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
+
+from headway.data.loader import Batch
+from headway.errors import TrainingError
+from headway.training.rng import preserved_rng
+from headway.training.step import autocast
 
 _COMPILERS = ("c++", "g++", "clang++") if sys.platform != "win32" else ("cl",)
 
 
 def has_cpp_compiler() -> bool:
-    """Whether the C++ compiler that compiled CPU code needs is on the path."""
-    return any(shutil.which(name) for name in _COMPILERS)
+    """Whether the C++ compiler that compiled CPU code needs is named by CXX or on the path."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), *_COMPILERS) if name)
 
 
 class LayerCompiler:
@@ -57,3 +64,72 @@ class LayerCompiler:
         finally:
             for layer in self._layers:
                 del layer.forward
+
+
+def compile_layers(
+    mode: Literal["auto", "on", "off"],
+    model: Any,
+    layers: list[nn.Module],
+    batch: Batch,
+    *,
+    precision: Literal["float32", "bfloat16"],
+    notice: Callable[[str], None],
+) -> LayerCompiler | None:
+    """Compile now, on the shapes of the run, so that no step of the loop waits for it.
+
+    Both variants of a layer are run once, forward and backward: rows of one document (no mask) and rows of several (a
+    mask). Gradients are dropped and random states restored: training is what it would have been.
+
+    Args:
+        mode: "off" gives None; "auto" gives None, with a notice, where compiling is impossible.
+        model: a `MultiTokenLM` in train mode without gradients.
+        layers: those of the model to compile.
+        batch: a micro-batch of the run.
+        precision: of the forward.
+        notice: told in one sentence what was decided.
+
+    Raises:
+        TrainingError: mode is "on" and compiling is impossible.
+    """
+    if mode == "off":
+        return None
+    reason = None
+    compiler = None
+    if batch.input_ids_BT.device.type == "cpu" and not has_cpp_compiler():
+        reason = "no C++ compiler is on the path"
+    else:
+        began = time.perf_counter()
+        try:
+            compiler = LayerCompiler(layers)
+            _warm_up(model, compiler, batch, precision)
+            notice(f"layers compiled in {time.perf_counter() - began:.0f} s")
+            return compiler
+        except Exception as error:
+            # Whatever the toolchain of a machine lacks shows here, as an error of its own kind; the reason is told.
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if mode == "on":
+        raise TrainingError(
+            f"compile=on, but compiling is impossible: {reason}; install a C++ compiler or pass --compile off"
+        )
+    notice(f"layers run uncompiled (slower): {reason}")
+    return None
+
+
+def _warm_up(model: Any, compiler: LayerCompiler, batch: Batch, precision: Literal["float32", "bfloat16"]) -> None:
+    length = batch.input_ids_BT.shape[1]
+    index_BT = torch.arange(length, device=batch.input_ids_BT.device).expand_as(batch.input_ids_BT)
+    one_document = torch.zeros_like(index_BT)
+    two_documents = (index_BT >= length // 2).long()
+    try:
+        with preserved_rng(), compiler.active():
+            for document_ids_BT in (one_document, two_documents):
+                with autocast(batch.input_ids_BT.device, precision):
+                    loss = model(
+                        input_ids=batch.input_ids_BT,
+                        labels=batch.input_ids_BT,
+                        position_ids=index_BT - document_ids_BT * (length // 2),
+                        document_ids=document_ids_BT,
+                    ).loss
+                loss.backward()
+    finally:
+        model.zero_grad(set_to_none=True)

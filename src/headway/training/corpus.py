@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from headway.data.fingerprint import data_fingerprint, tokenizer_fingerprint
 from headway.data.near_duplicates import drop_near_duplicates
 from headway.data.sources import Document, SourceReport, iter_files, standard_library
 from headway.data.split import split_by_group
-from headway.data.token_cache import TokenCache, build_token_cache, data_fingerprint
-from headway.data.tokenizers import tokenizer_fingerprint
+from headway.data.token_cache import TokenCache, build_token_cache
 from headway.errors import DataError
 from headway.training.config import TrainConfig
 

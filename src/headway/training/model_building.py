@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import AutoConfig
 
@@ -53,11 +53,12 @@ def base_config(config: TrainConfig, tokenizer: Any) -> Any:
         size = PAPER_SIZES[config.size]
         width, layers, heads = size.dim, size.layers, size.heads
     else:
-        assert config.hidden_size and config.num_layers and config.num_heads, "TrainConfig checks that a model is given"
-        width, layers, heads = config.hidden_size, config.num_layers, config.num_heads
+        # TrainConfig has checked that all three are given.
+        width, layers, heads = cast(tuple[int, int, int], (config.hidden_size, config.num_layers, config.num_heads))
     if heads % (config.num_kv_heads or heads):
         raise ConfigError(
-            f"num_kv_heads={config.num_kv_heads} must divide the {heads} attention heads of size {config.size}; change it"
+            f"num_kv_heads={config.num_kv_heads} must divide the {heads} attention heads of size={config.size}; "
+            f"change it"
         )
     return AutoConfig.for_model(
         config.family,
@@ -84,19 +85,20 @@ def _from_folder(config: TrainConfig, vocabulary: int, special: dict[str, Any]) 
     except (OSError, ValueError, KeyError) as error:
         detail = " ".join(str(error).split())
         raise ConfigError(
-            f"base_config={folder} cannot be read as a Hugging Face configuration: {detail}; name a folder with a config.json"
+            f"base_config={folder} cannot be read as a Hugging Face configuration: {detail}; name a folder with a "
+            "config.json"
         ) from error
     if shape.vocab_size < vocabulary:
         raise ConfigError(
-            f"base_config={folder} has vocab_size={shape.vocab_size}, tokenizer={config.tokenizer} needs {vocabulary}; raise "
-            f"vocab_size in the file or choose its own tokenizer"
+            f"base_config={folder} has vocab_size={shape.vocab_size}, tokenizer={config.tokenizer} needs "
+            f"{vocabulary}; raise vocab_size in the file or choose its own tokenizer"
         )
     limit = getattr(shape, "max_position_embeddings", config.sequence_length)
     wanted = config.max_positions or config.sequence_length
     if limit < wanted:
         raise ConfigError(
-            f"base_config={folder} allows {limit} positions, sequence_length={config.sequence_length} (or max_positions) "
-            f"needs {wanted}; raise max_position_embeddings in the file or shorten the rows"
+            f"base_config={folder} allows {limit} positions, sequence_length={config.sequence_length} (or "
+            f"max_positions) needs {wanted}; raise max_position_embeddings in the file or shorten the rows"
         )
     for name, value in special.items():
         setattr(shape, name, value)

@@ -91,6 +91,11 @@ class TrainingOptimizer:
         """All parameters that are trained."""
         return list(self._parameters.values())
 
+    @property
+    def learning_rate(self) -> float:
+        """Of the matrices, as the next step will use it."""
+        return float(self._optimizers[0].param_groups[0]["lr"])
+
     def set_learning_rate_factor(self, factor: float) -> None:
         """Use `factor` x each group's peak learning rate from the next step on."""
         for optimizer in self._optimizers:

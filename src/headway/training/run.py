@@ -1,0 +1,264 @@
+"""The steps of a run: from its first one, or the one after a checkpoint, to the last one or to a signal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headway.data.loader import PackedLoader
+from headway.data.packing import PackedTokens
+from headway.errors import TrainingError
+from headway.model.multi_token_lm import MultiTokenLM
+from headway.training.checkpoint import RunState, checkpoint_path, write_checkpoint
+from headway.training.compilation import LayerCompiler, compile_layers
+from headway.training.config import TrainConfig
+from headway.training.corpus import TrainingData
+from headway.training.events import (
+    CheckpointWritten,
+    EvaluationDone,
+    Event,
+    Listener,
+    Notice,
+    RunEnded,
+    RunStarted,
+    StepDone,
+)
+from headway.training.interruption import StopRequest, TrainingInterruptedError, stop_on_signals
+from headway.training.metrics import MetricsWriter, read_metrics
+from headway.training.optimizers import TrainingOptimizer
+from headway.training.rng import capture_rng, preserved_rng, restore_rng
+from headway.training.run_directory import CHECKPOINTS, EVALUATIONS
+from headway.training.schedule import learning_rate_factor
+from headway.training.step import StepOutcome, optimizer_step
+
+Evaluator = Callable[[MultiTokenLM, int], Mapping[str, Any]]
+"""(model in eval mode, steps done) -> figures: numbers, or lists of numbers with one item per offset."""
+
+
+class TrainingRun:
+    """One process's part of a run: from its first step to the last one, or to a signal."""
+
+    def __init__(
+        self,
+        *,
+        config: TrainConfig,
+        folder: Path,
+        model: MultiTokenLM,
+        optimizer: TrainingOptimizer,
+        data: TrainingData,
+        identity: Mapping[str, Any],
+        state: RunState,
+        evaluators: Sequence[Evaluator],
+        metrics: MetricsWriter,
+        announce: Listener,
+    ) -> None:
+        self.config, self.folder, self.data, self.identity = config, folder, data, identity
+        self.model, self.optimizer, self.evaluators = model, optimizer, evaluators
+        self.metrics, self.announce = metrics, announce
+        self.state = state
+        self.device = next(model.parameters()).device
+        packed = PackedTokens(data.train, sequence_length=config.sequence_length, seed=config.seed)
+        self.loader = PackedLoader(packed, batch_size=config.rows_per_step)
+        self.resumed_from_step = state.step or None
+        self.elapsed_before = state.elapsed_seconds
+        self.began = time.perf_counter()
+        # The step whose checkpoint is known to be on disk, so that a signal does not write it twice.
+        self.saved_step = state.step if checkpoint_path(folder / CHECKPOINTS, state.step).exists() else None
+        evaluations = read_metrics(folder / EVALUATIONS)
+        self.evaluated_step = evaluations[-1]["step"] if evaluations else None
+        self.interval = _Stopwatch()
+        self.whole = _Stopwatch()
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """Of the whole run up to now, earlier processes included."""
+        return self.elapsed_before + time.perf_counter() - self.began
+
+    def emit(self, event: Event) -> None:
+        """Tell the files first, then whoever watches."""
+        self.metrics(event)
+        self.announce(event)
+
+    def to_the_end(self) -> None:
+        """Do the remaining steps with their evaluations and checkpoints.
+
+        Raises:
+            TrainingInterruptedError: a signal came; the state is saved.
+            TrainingError: the loss stays non-finite.
+        """
+        compiler = self._compiler()
+        self.emit(
+            RunStarted(
+                first_step=self.state.step + 1,
+                steps=self.config.steps,
+                tokens_per_step=self.config.tokens_per_step,
+                num_future_tokens=self.config.num_future_tokens,
+            )
+        )
+        finished = False
+        try:
+            with stop_on_signals() as stop:
+                while not finished:
+                    # A run resumed where a signal left no time for its evaluation begins with it.
+                    if self._evaluation_is_due() and not stop:
+                        self._evaluate()
+                    if stop:
+                        self._interrupted(stop)
+                    if self._checkpoint_is_due():
+                        self.save()
+                    finished = self.state.step >= self.config.steps
+                    if not finished and not self._step(compiler, stop):
+                        self._interrupted(stop)
+        finally:
+            self.emit(RunEnded(finished))
+
+    def _step(self, compiler: LayerCompiler | None, stop: StopRequest) -> bool:
+        """Do one optimizer step; False where a signal cut it short and nothing happened."""
+        config, began = self.config, time.perf_counter()
+        step = self.state.step + 1
+        rng = capture_rng()
+        self.optimizer.set_learning_rate_factor(
+            learning_rate_factor(
+                step, steps=config.steps, warmup_steps=config.total_warmup_steps, decay_ratio=config.decay_ratio
+            )
+        )
+        rows = self.loader.batch(self.state.next_row).to(self.device)
+        with compiler.active() if compiler is not None else nullcontext():
+            outcome = optimizer_step(
+                self.model,
+                self.optimizer,
+                list(rows.split(config.batch_size)),
+                precision=config.precision,
+                gradient_clip=config.gradient_clip,
+                should_stop=lambda: bool(stop),
+            )
+        if outcome is None:
+            restore_rng(rng)
+            return False
+        seconds = time.perf_counter() - began
+        self.interval.add(seconds, config.tokens_per_step)
+        self.whole.add(seconds, config.tokens_per_step)
+        self.state = RunState(
+            step=step,
+            next_row=self.state.next_row + self.loader.samples_per_batch,
+            elapsed_seconds=self.elapsed_seconds,
+            skipped_steps=self.state.skipped_steps + (not outcome.applied),
+            skipped_in_a_row=0 if outcome.applied else self.state.skipped_in_a_row + 1,
+        )
+        self._report(outcome)
+        return True
+
+    def _report(self, outcome: StepOutcome) -> None:
+        state, config = self.state, self.config
+        logged = state.step % config.log_every_steps == 0 or state.step == config.steps
+        self.emit(
+            StepDone(
+                step=state.step,
+                tokens=state.next_row * config.sequence_length,
+                loss=outcome.loss,
+                loss_per_offset=outcome.loss_per_offset,
+                learning_rate=self.optimizer.learning_rate,
+                gradient_norm=outcome.gradient_norm,
+                applied=outcome.applied,
+                skipped_steps=state.skipped_steps,
+                tokens_per_second=self.interval.per_second,
+                elapsed_seconds=state.elapsed_seconds,
+                logged=logged,
+            )
+        )
+        if logged:
+            self.interval = _Stopwatch()
+        if outcome.applied:
+            return
+        what = "loss" if outcome.loss is None else "gradient"
+        self.emit(Notice(f"warning: step {state.step} skipped: its {what} is not finite"))
+        if state.skipped_in_a_row >= config.max_nonfinite_steps:
+            raise TrainingError(
+                f"the {what} was not finite for {state.skipped_in_a_row} steps in a row (max_nonfinite_steps="
+                f"{config.max_nonfinite_steps}), the last one step {state.step}; lower learning_rate, lower "
+                f"gradient_clip or use precision float32, then start the same command again to go on from the last "
+                f"checkpoint"
+            )
+
+    def _evaluation_is_due(self) -> bool:
+        step, every = self.state.step, self.config.eval_every_steps
+        if not self.evaluators or every is None or step in (0, self.evaluated_step):
+            return False
+        return step % every == 0 or step >= self.config.steps
+
+    def _checkpoint_is_due(self) -> bool:
+        step, every = self.state.step, self.config.checkpoint_every_steps
+        return step >= self.config.steps or (every is not None and step > 0 and step % every == 0)
+
+    def _evaluate(self) -> None:
+        began = time.perf_counter()
+        values: dict[str, Any] = {}
+        with preserved_rng(), torch.no_grad():
+            self.model.eval()
+            try:
+                for evaluator in self.evaluators:
+                    values |= evaluator(self.model, self.state.step)
+            finally:
+                self.model.train()
+        self.optimizer.zero_grad()
+        self.evaluated_step = self.state.step
+        self.emit(EvaluationDone(self.state.step, values, time.perf_counter() - began))
+
+    def save(self) -> Path:
+        """Write the checkpoint of the steps done so far, unless it is there already."""
+        began = time.perf_counter()
+        folder = self.folder / CHECKPOINTS
+        if self.saved_step == self.state.step:
+            return checkpoint_path(folder, self.state.step)
+        # The files must hold every line that the checkpoint's step implies before the checkpoint exists.
+        self.metrics.flush()
+        self.state = replace(self.state, elapsed_seconds=self.elapsed_seconds)
+        path = write_checkpoint(
+            folder,
+            model=self.model,
+            tokenizer=self.data.tokenizer,
+            optimizer=self.optimizer,
+            state=self.state,
+            config=self.config.to_dict(),
+            identity=self.identity,
+            keep=self.config.keep_checkpoints,
+        )
+        self.saved_step = self.state.step
+        self.emit(CheckpointWritten(self.state.step, path, time.perf_counter() - began))
+        return path
+
+    def _interrupted(self, stop: StopRequest) -> None:
+        assert stop.signal_number is not None
+        raise TrainingInterruptedError(stop.signal_number, step=self.state.step, checkpoint=self.save())
+
+    def _compiler(self) -> LayerCompiler | None:
+        layers = [*self.model.family.layers, *self.model.heads]
+        row = self.loader.batch(self.state.next_row).to(self.device)
+        return compile_layers(
+            self.config.compile,
+            self.model,
+            layers,
+            next(row.split(self.config.batch_size)),
+            precision=self.config.precision,
+            notice=lambda text: self.emit(Notice(text)),
+        )
+
+
+class _Stopwatch:
+    """Tokens over the seconds that were spent on them."""
+
+    def __init__(self) -> None:
+        self.seconds, self.tokens = 0.0, 0
+
+    def add(self, seconds: float, tokens: int) -> None:
+        self.seconds, self.tokens = self.seconds + seconds, self.tokens + tokens
+
+    @property
+    def per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
