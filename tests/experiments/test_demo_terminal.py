@@ -29,7 +29,7 @@ def test_without_a_terminal_bars_stand_where_forward_passes_end(comparison):
     assert "\u2502if \u2502x" not in text
     assert "\u2502i\u2502f x\u2502<\u2502y:\u2502" in text
     assert "identical: yes" in text
-    assert "tokens per forward: 1.00 plain, 2.20 self-speculative" in text
+    assert "tokens per forward: 2.20 (plain 1.00)" in text
 
 
 def test_a_terminal_gets_colours_and_the_replay_ends_with_the_whole_text(comparison):
@@ -88,7 +88,7 @@ def test_the_verdict_pools_prompts_and_one_difference_is_a_no(comparison, hostil
     assert "identical: yes" in verdict_line([comparison, comparison]).plain
     assert "identical: no" in verdict_line([comparison, hostile_comparison]).plain
     # 12 tokens in 0.12 s and in 0.06 s
-    assert "tokens/s: 100 plain, 200 self-speculative" in verdict_line([comparison]).plain
+    assert "tokens/s: 200 (plain 100)" in verdict_line([comparison]).plain
 
 
 def test_the_replay_lasts_as_long_as_asked(comparison):

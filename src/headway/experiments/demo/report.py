@@ -20,6 +20,7 @@ from headway.experiments.demo.tables import (
     number,
     percent,
     speed_table,
+    time_table,
 )
 
 
@@ -238,7 +239,6 @@ def _corpus(result: DemoResult) -> str:
 def _conditions(result: DemoResult) -> str:
     training, machine = result.training, result.provenance.get("machine", {})
     versions = result.provenance.get("versions", {})
-    seconds = tuple((name, f"{value:.1f} s") for name, value in result.seconds.items())
     facts = (
         ("recipe", training.recipe),
         (
@@ -259,7 +259,7 @@ def _conditions(result: DemoResult) -> str:
     return (
         '<h2>Where this comes from</h2><div class="split">'
         f'<div class="panel">{_facts(facts)}</div>'
-        f'<div class="panel">{_table(FigureTable("Time of each part", ("part", "wall time"), seconds))}</div></div>'
+        f'<div class="panel">{_table(time_table(result.seconds))}</div></div>'
     )
 
 

@@ -82,9 +82,8 @@ def verdict_line(comparisons: Sequence[Comparison]) -> Text:
     return Text.assemble(
         "identical: ",
         ("yes", "bold green") if identical else ("no", "bold red"),
-        f"   tokens per forward: {_pooled_per_forward(plain):.2f} plain, {_pooled_per_forward(fast):.2f} "
-        f"self-speculative   tokens/s: {_pooled_per_second(plain):.0f} plain, {_pooled_per_second(fast):.0f} "
-        f"self-speculative",
+        f"   tokens per forward: {_pooled_per_forward(fast):.2f} (plain {_pooled_per_forward(plain):.2f})"
+        f"   tokens/s: {_pooled_per_second(fast):.0f} (plain {_pooled_per_second(plain):.0f})",
     )
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from rich import box
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from headway.evaluation.acceptance import WalkAcceptance
 from headway.evaluation.likelihood import OffsetLikelihood
@@ -88,22 +92,31 @@ def speed_table(speed: DecodingSpeed) -> FigureTable:
         )
     return FigureTable(
         title=(
-            f"Decoding speed, batch 1, {speed.dtype}, {speed.threads} threads: median of {speed.repeats} "
-            f"interleaved rounds, prefill included"
+            f"Decoding speed: batch 1, {speed.dtype}, threads {speed.threads}, median of {speed.repeats} interleaved "
+            f"rounds, prefill included"
         ),
         columns=("decoding", "tokens/s", "range", "over plain", "range of rounds"),
         rows=tuple(rows),
     )
 
 
-def rich_table(table: FigureTable) -> Table:
-    """The table for a terminal."""
-    drawn = Table(title=table.title, title_justify="left", title_style="bold")
+def time_table(seconds: Mapping[str, float]) -> FigureTable:
+    """Wall time of each part of the demo."""
+    return FigureTable(
+        title="Time of each part",
+        columns=("part", "seconds"),
+        rows=tuple((name, number(value, 1)) for name, value in seconds.items()),
+    )
+
+
+def rich_table(table: FigureTable) -> Group:
+    """The table for a terminal, its title above it."""
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(table.columns):
         drawn.add_column(column, justify="left" if index == 0 else "right")
     for row in table.rows:
         drawn.add_row(*row)
-    return drawn
+    return Group(Text(table.title, style="bold"), drawn)
 
 
 def number(value: float, digits: int) -> str:
