@@ -75,6 +75,9 @@ def walk_acceptance(
     the walk goes on at the next document's first token. Whether a block is cut depends on its place alone,
     never on its outcome, so the mean has no bias from it.
 
+    A model that has learned nothing and predicts one token everywhere agrees with itself: read the figure beside the
+    accuracy.
+
     Args:
         model: evaluated in eval mode; modes, gradients and the random state are as before the call.
         windows_BT: held-out token ids without padding.

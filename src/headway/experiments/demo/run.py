@@ -36,6 +36,7 @@ from headway.experiments.demo.tables import (
 from headway.model.multi_token_lm import MultiTokenLM
 from headway.provenance import provenance
 from headway.training.config import TrainConfig
+from headway.training.config_file import resolve_config
 from headway.training.corpus import TrainingData
 from headway.training.events import Listener
 from headway.training.loop import TrainResult, train
@@ -101,6 +102,8 @@ def run_demo(
         timer.seconds["loading the program"] = now - began
     config = options.training_config()
     claim_folder(options.folder, replace_demo=options.may_replace_demo)
+    if config.precision != resolve_config(recipe=RECIPE).precision and not options.quick:
+        console.print("this machine has no fast bfloat16: training in float32, which takes longer")
     with _threads(options.threads):
         with timer.part("preparing the text"):
             corpus = read_corpus(config)
