@@ -102,6 +102,10 @@ def run_demo(
         timer.seconds["loading the program"] = now - began
     config = options.training_config()
     claim_folder(options.folder, replace_demo=options.may_replace_demo)
+    console.print(
+        f"headway demo: a byte model with {config.num_future_tokens} future tokens, {config.steps} steps, into "
+        f"{options.folder}"
+    )
     if config.precision != resolve_config(recipe=RECIPE).precision and not options.quick:
         console.print("this machine has no fast bfloat16: training in float32, which takes longer")
     with _threads(options.threads):
@@ -145,6 +149,7 @@ def _generate(
         show_comparisons(console, comparisons, seconds=options.scale.replay_seconds)
     console.print()
     console.print(Text.assemble(("all prompts  ", "bold"), verdict_line(comparisons)))
+    console.print()
     return comparisons
 
 
@@ -186,7 +191,6 @@ def _measure(
             repeats=scale.speed_repeats,
         )
     for table in (likelihood_table(likelihood), acceptance_table(walk, generated), speed_table(speed)):
-        console.print()
         console.print(rich_table(table))
     return DemoResult(
         corpus=corpus.summary,
@@ -235,7 +239,6 @@ def _finish(options: DemoOptions, result: DemoResult, timer: PartTimer, console:
     result = replace(result, seconds=timer.with_total())
     write_json(options.folder / RESULT, result.to_json())
     finish_folder(options.folder)
-    console.print()
     console.print(rich_table(time_table(result.seconds)))
     return FinishedDemo(result=result, report=report)
 
