@@ -21,8 +21,8 @@ from torch import nn
 
 from headway.data.loader import Batch
 from headway.errors import TrainingError
+from headway.training.precision import Precision, forward_precision
 from headway.training.rng import preserved_rng
-from headway.training.step import autocast
 
 _COMPILERS = ("c++", "g++", "clang++") if sys.platform != "win32" else ("cl",)
 
@@ -72,7 +72,7 @@ def compile_layers(
     layers: list[nn.Module],
     batch: Batch,
     *,
-    precision: Literal["float32", "bfloat16"],
+    precision: Precision,
     notice: Callable[[str], None],
 ) -> LayerCompiler | None:
     """Compile now, on the shapes of the run, so that no step of the loop waits for it.
@@ -115,7 +115,7 @@ def compile_layers(
     return None
 
 
-def _warm_up(model: Any, compiler: LayerCompiler, batch: Batch, precision: Literal["float32", "bfloat16"]) -> None:
+def _warm_up(model: Any, compiler: LayerCompiler, batch: Batch, precision: Precision) -> None:
     length = batch.input_ids_BT.shape[1]
     index_BT = torch.arange(length, device=batch.input_ids_BT.device).expand_as(batch.input_ids_BT)
     one_document = torch.zeros_like(index_BT)
@@ -123,7 +123,7 @@ def _warm_up(model: Any, compiler: LayerCompiler, batch: Batch, precision: Liter
     try:
         with preserved_rng(), compiler.active():
             for document_ids_BT in (one_document, two_documents):
-                with autocast(batch.input_ids_BT.device, precision):
+                with forward_precision(model, precision):
                     loss = model(
                         input_ids=batch.input_ids_BT,
                         labels=batch.input_ids_BT,

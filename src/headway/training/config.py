@@ -62,6 +62,9 @@ class TrainConfig:
     max_positions: int | None = option(
         None, "Longest context the saved model declares; none: 4 times sequence_length.",
         unit="tokens", group=MODEL, at_least=1, on_resume="free")
+    initialization: Literal["family", "scaled"] = option(
+        "family", "Initial weights: as the family draws them, or scaled to each matrix's size and to the depth "
+        "(better for small models).", group=MODEL, on_resume="free")
     num_future_tokens: int = option(
         4, "Tokens predicted per position, the next one included; 1 is the plain model.",
         group=MODEL, at_least=1, on_resume="free")
@@ -134,9 +137,9 @@ class TrainConfig:
         "skipped.", unit="steps", group=OPTIMIZATION, at_least=1, on_resume="free")
 
     device: str = option("auto", "Device to train on: auto, cpu, cuda or cuda:N.", group=COMPUTE)
-    precision: Literal["float32", "bfloat16"] = option(
-        "float32", "bfloat16: matrix products in bfloat16 (autocast); weights and optimizer stay float32.",
-        group=COMPUTE)
+    precision: Literal["float32", "bfloat16", "bfloat16-residual"] = option(
+        "float32", "bfloat16: matrix products in bfloat16 (autocast), weights and optimizer stay float32; "
+        "bfloat16-residual: the residual stream too, a little faster.", group=COMPUTE)
     compile: Literal["auto", "on", "off"] = option(
         "off", "Compile the layers' forward; auto: where a C++ compiler is present (announced).",
         group=COMPUTE)

@@ -18,6 +18,12 @@ from headway.training.config import TrainConfig
 from headway.training.fields import field_specs, nearest, parse_value
 
 
+_ALTERNATIVES = (
+    (("size",), ("base_config",), ("hidden_size", "num_layers", "num_heads")),
+    (("warmup_steps",), ("warmup_fraction",)),
+)
+
+
 class _UniqueKeyLoader(yaml.SafeLoader):
     """PyYAML keeps the last of two equal keys without a word; a configuration with two is a mistake."""
 
@@ -78,10 +84,10 @@ def resolve_config(
     """
     values: dict[str, Any] = {}
     if recipe is not None:
-        values |= read_recipe(recipe)
+        values = _laid_over(values, read_recipe(recipe))
     if config_file is not None:
-        values |= read_config_file(config_file)
-    return TrainConfig(**(values | _checked_fields(overrides or {}, source="options")))
+        values = _laid_over(values, read_config_file(config_file))
+    return TrainConfig(**_laid_over(values, _checked_fields(overrides or {}, source="options")))
 
 
 def from_mapping(values: Mapping[str, Any], *, source: str) -> TrainConfig:
@@ -106,6 +112,19 @@ def to_yaml(config: TrainConfig) -> str:
         item = yaml.safe_dump([values[name]], default_flow_style=True, allow_unicode=True, width=10**9)
         lines.append(f"{name}: {item.strip()[1:-1]}")
     return "\n".join(lines) + "\n"
+
+
+def _laid_over(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """`upper` wins, and where it chooses one of several ways to say a thing, the other ways of `lower` go."""
+    kept = dict(lower)
+    for ways in _ALTERNATIVES:
+        chosen = [way for way in ways if any(upper.get(name) is not None for name in way)]
+        if chosen:
+            for way in ways:
+                if way not in chosen:
+                    for name in way:
+                        kept.pop(name, None)
+    return kept | dict(upper)
 
 
 def _parse_yaml(text: str, *, source: str) -> Mapping[str, Any]:

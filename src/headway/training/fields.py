@@ -44,11 +44,6 @@ class FieldSpec:
         """The command line's spelling: `num_future_tokens` is `--num-future-tokens`."""
         return "--" + self.name.replace("_", "-")
 
-    @property
-    def text(self) -> str:
-        """Help with its unit, as one line."""
-        return f"{self.help} [{self.unit}]" if self.unit else self.help
-
 
 def option(
     default: Any,
@@ -121,7 +116,7 @@ def type_name(annotation: Any) -> str:
     """The type in a reader's words.
 
     >>> type_name(tuple[float, float]), type_name(int | None), type_name(Literal["on", "off"])
-    ('2 numbers', 'whole number or none', 'one of on, off')
+    ('2 numbers', 'a whole number or none', 'one of on, off')
     """
     suffix = " or none" if is_optional(annotation) else ""
     annotation = required_type(annotation)
@@ -130,8 +125,8 @@ def type_name(annotation: Any) -> str:
     if typing.get_origin(annotation) is tuple:
         members = typing.get_args(annotation)
         plural = {int: "whole numbers", float: "numbers", str: "texts"}[members[0]]
-        return (f"list of {plural}" if members[-1] is Ellipsis else f"{len(members)} {plural}") + suffix
-    return {bool: "true or false", int: "whole number", float: "number", str: "text"}[annotation] + suffix
+        return (f"a list of {plural}" if members[-1] is Ellipsis else f"{len(members)} {plural}") + suffix
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[annotation] + suffix
 
 
 def check_limits(spec: FieldSpec, value: Any) -> None:
@@ -165,7 +160,7 @@ def parse_value(value: Any, annotation: Any, *, where: str) -> Any:
     if value is None and is_optional(annotation):
         return None
     wanted = required_type(annotation)
-    refusal = ConfigError(f"{where} takes a {type_name(annotation)}: got {value!r}; correct the value")
+    refusal = ConfigError(f"{where} takes {type_name(annotation)}: got {value!r}; correct the value")
     if typing.get_origin(wanted) is Literal:
         # YAML 1.1 reads a bare on/off as a truth value; the closed choice tells which word was meant.
         word = {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value

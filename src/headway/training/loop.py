@@ -24,6 +24,7 @@ from headway.training.events import (
     Notice,
 )
 from headway.training.identity import check_same_run, run_identity
+from headway.training.initialization import scaled_initialization
 from headway.training.metrics import MetricsWriter, read_metrics
 from headway.training.model_building import base_config, multi_token_config
 from headway.training.optimizers import TrainingOptimizer
@@ -142,9 +143,12 @@ def train(
             if changes:
                 announce(Notice(f"resuming with changed options: {'; '.join(changes)}"))
         seed_everything(config.seed)
-        model = MultiTokenLM.from_config(shape, multi_token).to(device)
+        model = MultiTokenLM.from_config(shape, multi_token)
+        if config.initialization == "scaled":
+            scaled_initialization(model)
+        model.to(device)
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         model.train()
         optimizer = TrainingOptimizer(model, config)
         state = RunState()

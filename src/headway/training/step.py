@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch import Tensor
 from headway.data.loader import Batch
 from headway.functional.targets import count_valid_targets
 from headway.training.optimizers import TrainingOptimizer
+from headway.training.precision import Precision, forward_precision
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def optimizer_step(
     optimizer: TrainingOptimizer,
     micro_batches: Sequence[Batch],
     *,
-    precision: Literal["float32", "bfloat16"],
+    precision: Precision,
     gradient_clip: float | None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> StepOutcome | None:
@@ -55,7 +55,7 @@ def optimizer_step(
         model: a `MultiTokenLM` in train mode.
         optimizer: with the step's learning rates set; its gradients are dropped afterwards.
         micro_batches: of the whole step, on the model's device.
-        precision: bfloat16 runs the forward under autocast.
+        precision: of the forward; see `headway.training.precision`.
         gradient_clip: largest norm of the gradient; None does not clip.
         should_stop: asked before each micro-batch.
 
@@ -69,7 +69,7 @@ def optimizer_step(
         if should_stop():
             optimizer.zero_grad()
             return None
-        with autocast(counts_N.device, precision):
+        with forward_precision(model, precision):
             output = model(**batch.model_inputs(), num_valid_targets=counts_N)
         output.loss.backward()
         loss += output.loss.detach()
@@ -94,13 +94,6 @@ def step_targets(batches: Sequence[Batch], *, num_future_tokens: int) -> Tensor:
         for batch in batches
     ]
     return torch.stack(counts).sum(dim=0)
-
-
-def autocast(device: torch.device, precision: Literal["float32", "bfloat16"]) -> AbstractContextManager[Any]:
-    """The context in which a forward of this precision runs."""
-    if precision == "float32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 def _update(optimizer: TrainingOptimizer, *, loss: float, gradient_clip: float | None) -> StepOutcome:
