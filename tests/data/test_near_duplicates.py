@@ -2,6 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from headway.data import near_duplicates
 from headway.data.near_duplicates import drop_near_duplicates
 from headway.data.sources import Document
 from headway.errors import ConfigError
@@ -52,6 +53,16 @@ def test_a_copy_with_other_whitespace_is_dropped_and_a_quotation_is_kept():
     assert report.describe() == (
         "2 training documents dropped as near-duplicates of held-out text ('copy' 100 %, 'longer' 52 %)"
     )
+
+
+def test_a_long_text_is_read_in_blocks_to_the_same_end(monkeypatch):
+    texts = [document(numbered(0, 90) + " " + numbered(0, count), f"{count}") for count in (1, 20, 21, 75)]
+    held_out = [document(numbered(30, 80) + " " + numbered(0, 40))]
+    whole = drop_near_duplicates(texts, held_out, max_overlap=0.0)
+    for block in (1, 13, 14, 30):
+        monkeypatch.setattr(near_duplicates, "_WORDS_PER_BLOCK", block)
+        assert drop_near_duplicates(texts, held_out, max_overlap=0.0).dropped == whole.dropped
+    assert len(whole.dropped) == 4
 
 
 def test_short_documents_are_compared_whole():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from headway.data.sources import Document
 from headway.errors import ConfigError
 
 _WORD = re.compile(rb"\S+")
+# bounds the memory of a text of any length to little more than its distinct n-grams
+_WORDS_PER_BLOCK = 1 << 20
 # odd, so that multiplying by its powers loses nothing modulo 2**64 (the golden ratio's bits)
 _MULTIPLIER = 0x9E3779B97F4A7C15
 
@@ -87,17 +90,30 @@ def _distinct_ngrams(data: bytes, ngram: int) -> npt.NDArray[np.uint64]:
     Python's own hash of bytes is keyed anew in every process; nothing but equality within one call is ever read from
     it. Of a billion n-grams beside a million held-out ones, one is taken for another with a probability of 5e-5.
     """
-    hashes = np.fromiter((hash(match.group()) for match in _WORD.finditer(data)), dtype=np.int64)
-    words = hashes.view(np.uint64)
-    if not len(words):
-        return words
+    hashes = (hash(match.group()) for match in _WORD.finditer(data))
+    block = max(ngram, _WORDS_PER_BLOCK)
+    words = _next_words(hashes, block)
     width = min(ngram, len(words))
+    parts = []
+    while len(words) >= width > 0:
+        parts.append(np.unique(_hash_ngrams(words, width)))
+        words = np.concatenate([words[len(words) - width + 1 :], _next_words(hashes, block)])
+    if len(parts) > 1:
+        return np.unique(np.concatenate(parts))
+    return parts[0] if parts else words
+
+
+def _next_words(hashes: Iterator[int], count: int) -> npt.NDArray[np.uint64]:
+    return np.fromiter(islice(hashes, count), dtype=np.int64).view(np.uint64)
+
+
+def _hash_ngrams(words: npt.NDArray[np.uint64], width: int) -> npt.NDArray[np.uint64]:
     # the width starts the sum: a short text must differ from an n-gram that begins with zeros
     grams = np.full(len(words) - width + 1, width, dtype=np.uint64)
     for place in range(width):
         grams *= np.uint64(_MULTIPLIER)
         grams += words[place : place + len(grams)]
-    return np.unique(grams)
+    return grams
 
 
 def _count_known(own: npt.NDArray[Any], known: npt.NDArray[Any]) -> int:
