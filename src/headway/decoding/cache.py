@@ -2,7 +2,7 @@
 
 Legend: B rows, H key/value heads, M positions of one forward, C capacity in slots, D head width.
 
-Prompts are aligned to the right of nothing: row b's token at position p lives in slot p. Slots beyond a row's position
+Prompts carry no padding in front: the token at position p of a row lives in slot p. Slots beyond a row's position
 hold leftovers of rejected drafts; the mask hides them and the next forward overwrites them before any query can reach
 them, so taking tokens back is only a matter of where the next forward starts. Head layers are further layers of the
 same cache, at indices L, L+1, ...
@@ -161,7 +161,7 @@ def attention_windows(config: Any, *, num_heads: int) -> list[int | None]:
         unknown = sorted({str(kind) for kind in layer_types} - kinds.keys())
         if unknown:
             raise DecodingError(
-                f"layers of type {', '.join(unknown)} cannot take drafted tokens back; generate with model.base.generate"
+                f"layers of type {', '.join(unknown)} cannot take drafted tokens back; use model.base.generate(...)"
             )
         windows = [kinds[kind] for kind in layer_types]
     else:

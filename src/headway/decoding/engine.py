@@ -9,11 +9,11 @@ What holds:
 
 * Greedy decoding drafts with the heads (`num_draft_tokens=n-1` unless told otherwise) and emits exactly the tokens of
   plain greedy decoding. With `do_sample=True` one token is drawn per forward, and the result says so.
-* Padding may be on either side. It is what `attention_mask` says. Without a mask transformers infers one: every token
-  equal to `pad_token_id` is padding, inside a prompt too (this is logged), unless that id is also an end-of-sequence id
-  or not set; then everything counts as a token. Pass the mask where prompts are padded.
-* The model runs in eval behaviour whatever mode it is in, so dropout and gradient checkpointing have no effect; the mode
-  is restored. Layers compiled with `torch.compile` run eagerly here: every new length would otherwise compile again.
+* Padding may be on either side. It is what `attention_mask` says. Without a mask transformers infers one: every
+  token equal to `pad_token_id` is padding, inside a prompt too (this is logged), unless that id is not set or is also
+  an end-of-sequence id; then everything counts as a token. Pass the mask where prompts are padded.
+* The model runs in eval behaviour whatever mode it is in, so dropout and gradient checkpointing have no effect; the
+  mode is restored. Layers compiled with `torch.compile` run eagerly here: every new length would compile again.
 * `use_cache` changes nothing: the engine always keeps its own cache.
 * Ctrl-C returns what was generated so far; the result's statistics have `interrupted=True`.
 """
@@ -40,7 +40,15 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from headway.decoding.choosing import Chooser, GreedyChooser
 from headway.decoding.executor import EagerExecutor
 from headway.decoding.loop import DecodingLoop
-from headway.decoding.prompts import Prompts, align_prompts, has_inner_padding
+from headway.decoding.prompts import (
+    Prompts,
+    align_prompts,
+    check_ids,
+    check_mask,
+    has_inner_padding,
+    infer_mask,
+    pad_left,
+)
 from headway.decoding.refusals import (
     check_leftovers,
     check_new_tokens,
@@ -48,9 +56,9 @@ from headway.decoding.refusals import (
     check_request,
     check_streamer,
     resolve_num_draft_tokens,
+    resolve_option,
 )
 from headway.decoding.scored import PrefixGate, ScoredChooser
-from headway.decoding.statistics import GenerationResult
 from headway.errors import DecodingError
 from headway.model.multi_token_lm import register_engine
 
@@ -65,20 +73,12 @@ class _Request:
     """What `generate` was asked beyond what transformers carries through to `_sample`."""
 
     num_draft_tokens: int | None = None
-    mask_given: bool = True
+    given_BT: Tensor | None = None
     gate: PrefixGate | None = None
     stepwise: bool = False
 
 
 _current_request: ContextVar[_Request | None] = ContextVar("headway_generation_request", default=None)
-
-
-def _drop_right_padding_warning(record: logging.LogRecord) -> bool:
-    return _current_request.get() is None or "right-padding was detected" not in record.getMessage()
-
-
-# transformers warns that right padding gives wrong results, which is not so here.
-logging.getLogger("transformers.generation.utils").addFilter(_drop_right_padding_warning)
 
 
 @contextmanager
@@ -134,20 +134,27 @@ class Engine:
     ) -> Any:
         check_request(kwargs, model)
         resolve_num_draft_tokens(num_draft_tokens, num_future_tokens=model.num_future_tokens)
-        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-        if input_ids is not None:
-            if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.shape[1] == 0:
-                # Only to say what is wrong with them, before transformers trips over it.
-                align_prompts(torch.as_tensor(input_ids), None, vocabulary=sys.maxsize)
-            check_streamer(kwargs.get("streamer"), input_ids)
-            check_new_tokens(kwargs, model, input_ids.shape[1])
+        given_BT = inputs if inputs is not None else kwargs.get("input_ids")
+        if given_BT is not None:
+            check_ids(given_BT)
+            check_streamer(kwargs.get("streamer"), given_BT)
+            check_new_tokens(kwargs, model, given_BT.shape[1])
+            mask_BT = kwargs.get("attention_mask")
+            if mask_BT is None:
+                mask_BT = self._infer_mask(given_BT, kwargs, model)
+            if mask_BT is not None:
+                check_mask(given_BT, mask_BT)
+                left_BT, kwargs["attention_mask"] = pad_left(given_BT, mask_BT.to(given_BT.device))
+                inputs = left_BT if inputs is not None else None
+                if inputs is None:
+                    kwargs["input_ids"] = left_BT
         gate = None
         if kwargs.get("prefix_allowed_tokens_fn") is not None:
             gate = kwargs["prefix_allowed_tokens_fn"] = PrefixGate(kwargs["prefix_allowed_tokens_fn"])
         token = _current_request.set(
             _Request(
                 num_draft_tokens=num_draft_tokens,
-                mask_given=kwargs.get("attention_mask") is not None,
+                given_BT=given_BT,
                 gate=gate,
                 stepwise=stepwise,
             )
@@ -156,6 +163,20 @@ class Engine:
             return GenerationMixin.generate(model, inputs, **kwargs)
         finally:
             _current_request.reset(token)
+
+    def _infer_mask(self, given_BT: Tensor, arguments: dict[str, Any], model: Any) -> Tensor | None:
+        eos = resolve_option("eos_token_id", arguments, model)
+        mask_BT = infer_mask(
+            given_BT,
+            pad_token_id=resolve_option("pad_token_id", arguments, model),
+            eos_token_ids=[] if eos is None else torch.as_tensor(eos).reshape(-1).tolist(),
+        )
+        if mask_BT is not None and has_inner_padding(mask_BT):
+            logger.warning(
+                "a prompt holds pad_token_id between other tokens and no attention_mask was given: those tokens are "
+                "left out, as transformers does; pass attention_mask=torch.ones_like(input_ids) to keep them"
+            )
+        return mask_BT
 
     def sample(
         self,
@@ -191,16 +212,12 @@ class Engine:
             check_request({"synced_gpus": synced_gpus}, model)
             check_leftovers(model_kwargs)
             check_streamer(streamer, input_ids)
-            attention_mask = model_kwargs.get("attention_mask")
-            if not request.mask_given and has_inner_padding(attention_mask):
-                logger.warning(
-                    "a prompt holds pad_token_id between other tokens and no attention_mask was given: those tokens are "
-                    "left out, as transformers does; pass attention_mask=torch.ones_like(input_ids) to keep them"
-                )
             vocabulary = model.get_input_embeddings().num_embeddings
-            prompts = align_prompts(input_ids, attention_mask, vocabulary=vocabulary)
+            prompts = align_prompts(input_ids, model_kwargs.get("attention_mask"), vocabulary=vocabulary)
             with torch.inference_mode():
-                loop = self._loop(model, request, prompts, logits_processor, stopping_criteria, generation_config, streamer)
+                loop = self._loop(
+                    model, request, input_ids, prompts, logits_processor, stopping_criteria, generation_config, streamer
+                )
             if request.stepwise:
                 return loop
             with decoding_context(model):
@@ -215,6 +232,7 @@ class Engine:
         self,
         model: Any,
         request: _Request,
+        history_BT: Tensor,
         prompts: Prompts,
         logits_processor: Any,
         stopping_criteria: Any,
@@ -224,18 +242,18 @@ class Engine:
         limits = [criterion.max_length for criterion in stopping_criteria if isinstance(criterion, MaxLengthCriteria)]
         if not limits:
             raise DecodingError("generation needs a limit; pass max_new_tokens")
-        max_new_tokens = max(1, min(limits) - prompts.given_BT.shape[1])
+        max_new_tokens = max(1, min(limits) - history_BT.shape[1])
         check_positions(model.config, prompts.lengths, max_new_tokens)
         drafts = resolve_num_draft_tokens(request.num_draft_tokens, num_future_tokens=model.num_future_tokens)
         do_sample = bool(generation_config.do_sample)
         note = _SAMPLING_NOTE if do_sample and drafts else None
         drafts = 0 if do_sample else drafts
-        stateful = [type(processor).__name__ for processor in logits_processor if isinstance(processor, _STATEFUL_PROCESSORS)]
-        if stateful and drafts:
-            raise DecodingError(
-                f"{stateful[0]} keeps a state from token to token, which drafted tokens would disturb; pass "
-                f"num_draft_tokens=0"
-            )
+        for processor in logits_processor:
+            if drafts and isinstance(processor, _STATEFUL_PROCESSORS):
+                raise DecodingError(
+                    f"{type(processor).__name__} keeps a state from token to token, which drafted tokens would "
+                    f"disturb; pass num_draft_tokens=0"
+                )
         pad = generation_config._pad_token_tensor
         pad_token_id = 0 if pad is None else int(pad)
         plain_limits = all(type(criterion) in (MaxLengthCriteria, EosTokenCriteria) for criterion in stopping_criteria)
@@ -245,7 +263,7 @@ class Engine:
             chooser = GreedyChooser(frozenset(token for ids in ends for token in ids))
         else:
             chooser = ScoredChooser(
-                prompts.history_BT,
+                history_BT,
                 max_new_tokens=max_new_tokens,
                 pad_token_id=pad_token_id,
                 logits_processor=logits_processor,
@@ -257,6 +275,7 @@ class Engine:
             executor=EagerExecutor(model, prompts, max_new_tokens=max_new_tokens, num_draft_tokens=drafts),
             chooser=chooser,
             prompts=prompts,
+            given_BT=self._as_given(request, history_BT),
             num_future_tokens=model.num_future_tokens,
             num_draft_tokens=drafts,
             max_new_tokens=max_new_tokens,
@@ -265,13 +284,12 @@ class Engine:
             note=note,
         )
 
+    def _as_given(self, request: _Request, history_BT: Tensor) -> Tensor:
+        """The prompts as the caller passed them, repeated as transformers repeats them for several samples each."""
+        if request.given_BT is None:
+            return history_BT
+        return request.given_BT.repeat_interleave(history_BT.shape[0] // request.given_BT.shape[0], dim=0)
+
 
 ENGINE = Engine()
 register_engine(ENGINE)
-
-
-def generation_result(outcome: GenerationResult | Tensor) -> GenerationResult:
-    """Assert that an outcome of `generate` is a result and not bare sequences."""
-    if not isinstance(outcome, GenerationResult):
-        raise DecodingError("pass return_dict_in_generate=True to get statistics with the sequences")
-    return outcome

@@ -33,6 +33,7 @@ class DecodingLoop:
         executor: runs the model.
         chooser: turns logits into tokens.
         prompts: the batch.
+        given_BT: the prompts as the caller passed them, padding kept.
         num_future_tokens: N of the model, for the statistics.
         num_draft_tokens: K, drafted tokens per block.
         max_new_tokens: the most tokens a row can get, at least 1.
@@ -46,6 +47,7 @@ class DecodingLoop:
     executor: EagerExecutor
     chooser: Chooser
     prompts: Prompts
+    given_BT: Tensor
     num_future_tokens: int
     num_draft_tokens: int
     max_new_tokens: int
@@ -127,17 +129,18 @@ class DecodingLoop:
     def _stream(self) -> None:
         if self.streamer is None:
             return
-        for token in self._new_tokens(0)[self._streamed :]:
+        for token in self.new_tokens(0)[self._streamed :]:
             self._streamed += 1
             self.streamer.put(torch.tensor([token]))
 
-    def _new_tokens(self, row: int) -> list[int]:
+    def new_tokens(self, row: int) -> list[int]:
+        """All tokens that a row has been given so far."""
         return [token for forward in self.rows[row] for token in forward.tokens]
 
     def result(self) -> GenerationResult:
         """What has been generated so far, in the caller's shape."""
-        given_BT = self.prompts.given_BT
-        new = [self._new_tokens(row) for row in range(self.prompts.batch)]
+        given_BT = self.given_BT.long()
+        new = [self.new_tokens(row) for row in range(self.prompts.batch)]
         longest = max(len(tokens) for tokens in new)
         padded = [tokens + [self.pad_token_id] * (longest - len(tokens)) for tokens in new]
         new_BT = torch.tensor(padded, dtype=torch.long, device=given_BT.device).reshape(len(new), longest)

@@ -17,9 +17,7 @@ from headway.decoding.cache import RaggedCache
 from headway.model.documents import masks_by_layer_type
 
 
-def additive_mask(
-    positions_BM: Tensor, slots_S: Tensor, *, window: int | None, dtype: torch.dtype
-) -> Tensor:
+def additive_mask(positions_BM: Tensor, slots_S: Tensor, *, window: int | None, dtype: torch.dtype) -> Tensor:
     """0 where the query at a position may look at a slot, the dtype's lowest number elsewhere.
 
     A position sees its own slot and those before it, at most `window` in all. No row is ever fully masked: every
@@ -53,7 +51,9 @@ class BlockMasks:
     it does not depend on p, so a mask is a view and costs nothing.
     """
 
-    def __init__(self, config: Any, cache: RaggedCache, *, width: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: Any, cache: RaggedCache, *, width: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         """Prepare the bands.
 
         Args:

@@ -41,6 +41,7 @@ _OPTIONS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "output_hidden_states": ("hidden states", _set),
     "cache_implementation": ("another kind of cache", lambda value: value not in (None, "hybrid", "dynamic")),
     "prefill_chunk_size": ("a prefill in chunks", _set),
+    "token_healing": ("token healing", _set),
 }
 
 # keyword arguments of `generate` itself, never options of a configuration
@@ -57,7 +58,7 @@ _ARGUMENTS: dict[str, str] = {
 
 # handed on by transformers' generate, with nothing in them that this engine needs
 _HARMLESS = frozenset(
-    {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "num_items_in_batch", "return_dict"}
+    {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "return_dict"}
 )
 
 
@@ -108,7 +109,8 @@ def check_leftovers(model_kwargs: Mapping[str, Any]) -> None:
     """
     ignored = sorted(name for name, value in model_kwargs.items() if name not in _HARMLESS and _set(value))
     if ignored:
-        raise DecodingError(f"generate does not pass {', '.join(ignored)} on to the model; leave it out, or {_ELSEWHERE}")
+        names = ", ".join(ignored)
+        raise DecodingError(f"generate does not pass {names} on to the model; leave it out, or {_ELSEWHERE}")
 
 
 def resolve_num_draft_tokens(num_draft_tokens: int | None, *, num_future_tokens: int) -> int:
@@ -124,8 +126,8 @@ def resolve_num_draft_tokens(num_draft_tokens: int | None, *, num_future_tokens:
         raise DecodingError(f"num_draft_tokens must be a whole number in 0..{heads}: got {num_draft_tokens!r}")
     if not 0 <= num_draft_tokens <= heads:
         raise DecodingError(
-            f"num_draft_tokens must be in 0..{heads} (num_future_tokens - 1): got {num_draft_tokens}; 0 decodes one token "
-            f"per forward, leave it out for the longest draft"
+            f"num_draft_tokens must be in 0..{heads} (num_future_tokens - 1): got {num_draft_tokens}; 0 decodes one "
+            f"token per forward, leave it out for the longest draft"
         )
     return num_draft_tokens
 
@@ -144,7 +146,7 @@ def check_new_tokens(arguments: Mapping[str, Any], model: Any, columns: int) -> 
     new = resolve_option("max_new_tokens", arguments, model)
     if new is not None:
         if new < 1:
-            raise DecodingError(f"max_new_tokens must be at least 1: got {new}; without new tokens there is nothing to generate")
+            raise DecodingError(f"max_new_tokens must be at least 1: got {new}; pass how many tokens to generate")
         return
     total = resolve_option("max_length", arguments, model)
     if total is not None and total <= columns:
@@ -173,14 +175,14 @@ def check_positions(config: Any, lengths: list[int], max_new_tokens: int) -> Non
         limit = int(config.max_position_embeddings)
         if longest > limit:
             raise DecodingError(
-                f"a prompt of {longest} tokens is longer than the {limit} positions this {config.model_type} model has; "
-                f"shorten it"
+                f"a prompt of {longest} tokens is longer than the {limit} positions that this {config.model_type} "
+                f"model has; shorten it"
             )
         if needed > limit:
             raise DecodingError(
                 f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} need {needed} positions, this "
-                f"{config.model_type} model has {limit}; pass max_new_tokens={limit - longest + 1} or less, or shorten the "
-                f"prompt"
+                f"{config.model_type} model has {limit}; pass max_new_tokens={limit - longest + 1} or less, or "
+                f"shorten the prompt"
             )
         return
     for parameters in rope.values() if all(isinstance(value, dict) for value in rope.values()) else [rope]:
@@ -195,9 +197,9 @@ def check_positions(config: Any, lengths: list[int], max_new_tokens: int) -> Non
             continue
         if changes:
             raise DecodingError(
-                f"rope_type {kind!r} changes its frequencies at {limit} tokens, and prompts of {min(lengths)} to {longest} "
-                f"tokens with max_new_tokens={max_new_tokens} cross that, where a block of several tokens cannot equal one "
-                f"token at a time; stay within {limit} tokens in all, or {_ELSEWHERE}"
+                f"rope_type {kind!r} changes its frequencies at {limit} tokens, and prompts of {min(lengths)} to "
+                f"{longest} tokens with max_new_tokens={max_new_tokens} cross that, where a block of several tokens "
+                f"cannot equal one token at a time; stay within {limit} tokens in all, or {_ELSEWHERE}"
             )
 
 

@@ -104,9 +104,7 @@ class ScoredChooser:
             for row, right, done in zip(tokens, accepted, finished, strict=True)
         ]
 
-    def _decide(
-        self, logits_BMV: Tensor, at: list[int], group: list[int], made: int
-    ) -> tuple[list[int], list[bool]]:
+    def _decide(self, logits_BMV: Tensor, at: list[int], group: list[int], made: int) -> tuple[list[int], list[bool]]:
         """The next token of every row of `group`, which all have `made` new tokens, and whether it ends the row."""
         end = self._columns + made
         device = self._ids_BL.device

@@ -1,0 +1,87 @@
+"""Batches, references and drafts for the decoding tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import VOCABULARY, random_tokens
+from torch import Tensor
+
+import headway.decoding.engine  # noqa: F401  (registers the engine)
+from headway.decoding.compare import NEAR_TIE_GAP, first_difference, top_two_gap
+from headway.decoding.executor import EagerExecutor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts of different lengths in one rectangle."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+
+    def rows(self) -> list[Tensor]:
+        """Each prompt alone [1, T], without padding."""
+        return [ids[mask.bool()][None] for ids, mask in zip(self.input_ids, self.attention_mask, strict=True)]
+
+
+def ragged_batch(lengths: Sequence[int], sides: str, *, seed: int = 1, pad: int = 0) -> Batch:
+    """`sides` has one letter per row: l pads that row on the left, r on the right."""
+    ids = torch.full((len(lengths), max(lengths)), pad)
+    mask = torch.zeros_like(ids)
+    for row, (length, side) in enumerate(zip(lengths, sides, strict=True)):
+        place = slice(-length, None) if side == "l" else slice(0, length)
+        ids[row, place] = random_tokens(length, seed=seed + row)
+        mask[row, place] = 1
+    return Batch(ids, mask)
+
+
+def base_continuation(model: Any, row_1T: Tensor, new: int, **kwargs: Any) -> list[int]:
+    """What the base's own `generate` adds to a prompt without padding."""
+    options = {"pad_token_id": 0, "do_sample": False} | kwargs
+    out = model.base.generate(row_1T, attention_mask=torch.ones_like(row_1T), max_new_tokens=new, **options)
+    return out[0, row_1T.shape[1] :].tolist()
+
+
+def new_tokens(result: Any, columns: int) -> list[list[int]]:
+    """New tokens of each row, without the padding after its end."""
+    return [
+        row[columns : columns + count].tolist()
+        for row, count in zip(result.sequences, result.num_new_tokens.tolist(), strict=True)
+    ]
+
+
+def near_ties(model: Any, rows: Sequence[Tensor], found: list[list[int]], expected: list[list[int]]) -> int:
+    """Number of rows that differ; fails where one differs by more than rounding can explain."""
+    count = 0
+    for row_1T, got, wanted in zip(rows, found, expected, strict=True):
+        place = first_difference(got, wanted)
+        if place is None:
+            continue
+        gap = top_two_gap(model, [*row_1T[0].tolist(), *wanted[:place]])
+        assert gap < NEAR_TIE_GAP, f"new token {place} differs: {got[place:][:1]} for {wanted[place:][:1]}, gap {gap}"
+        count += 1
+    return count
+
+
+def script_drafts(
+    monkeypatch: pytest.MonkeyPatch, continuations: Sequence[Sequence[int]], *, wrong: float = 0.3, seed: int = 3
+) -> None:
+    """Replace the heads' drafts by the true continuation with some tokens spoilt, so that all acceptances happen."""
+    generator = torch.Generator().manual_seed(seed)
+    emitted = [0] * len(continuations)
+
+    def draft(self: EagerExecutor, states: Any, accepted: Sequence[int], *, count: int) -> Tensor:
+        for row, right in enumerate(accepted):
+            emitted[row] += right + 1
+        rows = [
+            [*truth[at : at + count], *[0] * count][:count] for truth, at in zip(continuations, emitted, strict=True)
+        ]
+        draft_BK = torch.tensor(rows)
+        spoilt_BK = torch.rand(draft_BK.shape, generator=generator) < wrong
+        return torch.where(spoilt_BK, (draft_BK + 1) % VOCABULARY, draft_BK)
+
+    monkeypatch.setattr(EagerExecutor, "draft", draft)
