@@ -91,3 +91,11 @@ def _scaled(number: int, base: int, units: Sequence[str]) -> str:
         if value < base or unit == units[-1]:
             break
     return f"{value:.2f}{unit}"
+
+
+def quiet_libraries() -> None:
+    """Keep transformers' progress bars and advice off the screen of a command; errors still come through."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
 import os
 import re
 import sys
@@ -102,6 +103,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: what follows the program's name; `sys.argv[1:]` where not given.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Text of a model can hold any character, a console may not know them all.
+            stream.reconfigure(errors="replace")
     arguments, debug = _without_debug(list(sys.argv[1:] if arguments is None else arguments))
     try:
         status = _run(arguments)
