@@ -1,8 +1,10 @@
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
+from headway.experiments.demo.generation import RecordedGeneration
 from headway.experiments.demo.side_by_side import (
     describe_slowdown,
     panes,
@@ -51,7 +53,7 @@ def test_no_color_falls_back_to_bars(comparison):
 @pytest.mark.parametrize(("width", "side_by_side"), [(140, True), (60, False)])
 def test_a_narrow_terminal_puts_the_panes_one_under_the_other(comparison, width, side_by_side):
     console = console_of(width=width)
-    console.print(panes(comparison, width=console.width, coloured=False))
+    console.print(panes(console, comparison, coloured=False))
     lines = printed(console).splitlines()
     both = [line for line in lines if "plain decoding" in line and "self-speculative decoding" in line]
     assert bool(both) == side_by_side
@@ -61,9 +63,28 @@ def test_a_narrow_terminal_puts_the_panes_one_under_the_other(comparison, width,
 def test_panes_show_what_had_been_emitted_by_then(comparison):
     console = console_of()
     # The prefill's token comes at 0.01 s, the first block of three at 0.02 s.
-    console.print(panes(comparison, width=console.width, coloured=False, elapsed=0.021))
+    console.print(panes(console, comparison, coloured=False, elapsed=0.021))
     assert "2 tokens: prefill + 1 forward passes" in printed(console)
     assert "4 tokens: prefill + 1 forward passes" in printed(console)
+
+
+@pytest.mark.parametrize("width", [140, 50])
+def test_frames_of_a_replay_keep_their_height_and_fit_the_screen(comparison, width):
+    text = b"".join(b"line %d\n" % number for number in range(40))
+    generation = RecordedGeneration(
+        tuple(text), (1,) * len(text), tuple(range(1, len(text) + 1)), len(text), len(text) - 1
+    )
+    long = replace(comparison, plain=generation, self_speculative=generation)
+    heights = set()
+    for elapsed in (0.0, 50.0, 200.0, 400.0):
+        console = Console(file=io.StringIO(), width=width, height=20)
+        console.print(panes(console, long, coloured=False, elapsed=elapsed))
+        heights.add(len(printed(console).splitlines()))
+    assert len(heights) == 1
+    assert heights.pop() < 20
+    assert "line\u2502 \u25023\u25027" in printed(console).replace("l\u2502i\u2502n\u2502e", "line"), (
+        "the last lines are shown"
+    )
 
 
 def test_hostile_bytes_and_names_reach_the_terminal_as_pictures(hostile_comparison):

@@ -53,7 +53,7 @@ def show_comparisons(console: Console, comparisons: Sequence[Comparison], *, sec
         )
         if animated:
             _replay(console, comparison, slowdown=slowdown)
-        console.print(panes(comparison, width=console.width, coloured=animated))
+        console.print(panes(console, comparison, coloured=animated))
         console.print(verdict_line([comparison]), highlight=False)
 
 
@@ -87,26 +87,23 @@ def verdict_line(comparisons: Sequence[Comparison]) -> Text:
     )
 
 
-def panes(comparison: Comparison, *, width: int, coloured: bool, elapsed: float | None = None) -> RenderableType:
-    """The two generations beside each other, or one under the other where the width is small.
+def panes(console: Console, comparison: Comparison, *, coloured: bool, elapsed: float | None = None) -> RenderableType:
+    """The two generations beside each other, or one under the other where the console is narrow.
 
     Args:
+        console: whose width and height count.
         comparison: what to show.
-        width: columns there are.
         coloured: colours for forward passes, else bars.
-        elapsed: seconds of generation to show; all of it where None.
+        elapsed: seconds of generation to show, of each pane the last lines that fit the screen; all of it where None.
     """
     both = [
-        _pane("plain decoding", comparison, comparison.plain, coloured=coloured, elapsed=elapsed),
-        _pane(
-            "self-speculative decoding",
-            comparison,
-            comparison.self_speculative,
-            coloured=coloured,
-            elapsed=elapsed,
-        ),
+        _pane(console, title, comparison, generation, coloured=coloured, elapsed=elapsed)
+        for title, generation in (
+            ("plain decoding", comparison.plain),
+            ("self-speculative decoding", comparison.self_speculative),
+        )
     ]
-    if width < NARROW:
+    if console.width < NARROW:
         return Group(*both)
     grid = Table.grid(expand=True)
     grid.add_column(ratio=1)
@@ -116,6 +113,7 @@ def panes(comparison: Comparison, *, width: int, coloured: bool, elapsed: float 
 
 
 def _pane(
+    console: Console,
     title: str,
     comparison: Comparison,
     generation: RecordedGeneration,
@@ -124,22 +122,35 @@ def _pane(
     elapsed: float | None,
 ) -> Panel:
     shown = len(generation.lengths) if elapsed is None else bisect_right(generation.moments, elapsed)
-    text = Text(plain_text(comparison.prompt.tokens), style="dim", no_wrap=False)
-    blocks = text_blocks(generation.tokens, generation.lengths)
-    for block in blocks[:shown]:
+    text = _written(comparison, generation, shown=shown, coloured=coloured)
+    height = None
+    if elapsed is not None:
+        columns = (console.width if console.width < NARROW else console.width // 2) - 4
+        whole = _written(comparison, generation, shown=len(generation.lengths), coloured=coloured)
+        room = (console.height - 1) // (2 if console.width < NARROW else 1) - 2
+        # The frame has its last height from the start: it neither grows while it types nor outgrows the screen.
+        rows = max(1, min(len(whole.wrap(console, columns)), room))
+        text = Text("\n").join(text.wrap(console, columns)[-rows:])
+        height = rows + 2
+    seconds = generation.seconds if elapsed is None else min(elapsed, generation.seconds)
+    # The prefill is no pass of the decoding: the engine does not count it either.
+    subtitle = (
+        f"{sum(generation.lengths[:shown])} tokens: prefill + {max(0, shown - 1)} forward passes, {seconds:.2f} s"
+    )
+    border = "cyan" if generation is comparison.self_speculative else "white"
+    return Panel(text, title=title, subtitle=subtitle, border_style=border if coloured else "none", height=height)
+
+
+def _written(comparison: Comparison, generation: RecordedGeneration, *, shown: int, coloured: bool) -> Text:
+    """The prompt and what the first `shown` forward passes added."""
+    text = Text(plain_text(comparison.prompt.tokens), style="dim")
+    for block in text_blocks(generation.tokens, generation.lengths)[:shown]:
         if coloured:
+            # A blank stands for the line feed, so that its forward pass can be seen.
             text.append(block.text.replace("\n", " \n"), style=_block_style(block.forward))
         else:
             text.append(BAR + block.text)
-    if elapsed is not None:
-        # Blank lines hold the place of what is still to come, so that the frame does not grow while it types.
-        text.append("\n" * sum(block.text.count("\n") for block in blocks[shown:]))
-    tokens = sum(generation.lengths[:shown])
-    seconds = generation.seconds if elapsed is None else min(elapsed, generation.seconds)
-    # The prefill is no pass of the decoding: the engine does not count it either.
-    subtitle = f"{tokens} tokens: prefill + {max(0, shown - 1)} forward passes, {seconds:.2f} s"
-    border = "cyan" if generation is comparison.self_speculative else "white"
-    return Panel(text, title=title, subtitle=subtitle, border_style=border if coloured else "none")
+    return text
 
 
 def _block_style(forward: int) -> str:
@@ -152,7 +163,7 @@ def _replay(console: Console, comparison: Comparison, *, slowdown: float) -> Non
     started = time.perf_counter()
     with Live(console=console, auto_refresh=False, transient=True, vertical_overflow="crop") as live:
         while (elapsed := (time.perf_counter() - started) / slowdown) < ends:
-            live.update(panes(comparison, width=console.width, coloured=True, elapsed=elapsed), refresh=True)
+            live.update(panes(console, comparison, coloured=True, elapsed=elapsed), refresh=True)
             time.sleep(1 / FRAMES_PER_SECOND)
 
 
