@@ -19,7 +19,9 @@ CPU = torch.device("cpu")
 def _allowed_by_transformers(positions, slots, window):
     rule = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
     zero = torch.zeros((), dtype=torch.long)
-    return torch.tensor([[[bool(rule(zero, zero, query, slot)) for slot in slots] for query in row] for row in positions])
+    return torch.tensor(
+        [[[bool(rule(zero, zero, query, slot)) for slot in slots] for query in row] for row in positions]
+    )
 
 
 @given(
@@ -59,7 +61,10 @@ def test_a_family_with_layer_types_gets_one_mask_per_type():
     cache = RaggedCache(attention_windows(config, num_heads=2), batch=2, capacity=12, device=CPU)
     masks = BlockMasks(config, cache, width=3, dtype=torch.float32, device=CPU)
     cache.begin_aligned(8, 3)
-    assert {kind: mask.shape[-1] for kind, mask in masks.aligned().items()} == {"full_attention": 11, "sliding_attention": 6}
+    assert {kind: mask.shape[-1] for kind, mask in masks.aligned().items()} == {
+        "full_attention": 11,
+        "sliding_attention": 6,
+    }
     slots = torch.tensor([[5, 6, 7], [8, 9, 10]])
     cache.begin_ragged(slots, first=5, end=11)
     assert {kind: tuple(mask.shape) for kind, mask in masks.ragged(slots).items()} == {

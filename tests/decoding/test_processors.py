@@ -23,7 +23,10 @@ def _left_padded():
     return Batch(ids, mask)
 
 
-BATCHES = {"alone": Batch(random_tokens(1, 7, seed=3).clamp(min=1), torch.ones(1, 7, dtype=torch.long)), "ragged": _left_padded()}
+BATCHES = {
+    "alone": Batch(random_tokens(1, 7, seed=3).clamp(min=1), torch.ones(1, 7, dtype=torch.long)),
+    "ragged": _left_padded(),
+}
 
 
 def _allowed(batch_id, ids):

@@ -58,7 +58,7 @@ _ARGUMENTS: dict[str, str] = {
 
 # handed on by transformers' generate, with nothing in them that this engine needs
 _HARMLESS = frozenset(
-    {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "return_dict"}
+    {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "return_dict", "tokenizer"}
 )
 
 
