@@ -2,6 +2,7 @@ import io
 from dataclasses import replace
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
 from headway.experiments.demo.generation import RecordedGeneration
@@ -66,6 +67,24 @@ def test_panes_show_what_had_been_emitted_by_then(comparison):
     console.print(panes(console, comparison, coloured=False, elapsed=0.021))
     assert "2 tokens: prefill + 1 forward passes" in printed(console)
     assert "4 tokens: prefill + 1 forward passes" in printed(console)
+
+
+@pytest.mark.parametrize("width", [140, 57])
+def test_no_blank_of_a_long_run_is_lost(comparison, width):
+    blanks = RecordedGeneration((32,) * 256, (1, *[3] * 85), tuple(range(86)), 86.0, 85)
+    console = console_of(width=width)
+    console.print(panes(console, replace(comparison, self_speculative=blanks), coloured=False))
+    assert printed(console).count("\u2502   ") >= 85 - 12, "but where a line was cut, three blanks stand after each bar"
+    assert "\u2026" not in printed(console)
+    assert all(len(line) <= width for line in printed(console).splitlines())
+
+
+def test_wide_characters_do_not_push_the_frame(comparison):
+    text = "\u4e2d\u6587".encode() * 40
+    wide = RecordedGeneration(tuple(text), (3,) * 80, tuple(range(80)), 80.0, 79)
+    console = console_of(width=61)
+    console.print(panes(console, replace(comparison, self_speculative=wide), coloured=False))
+    assert {cell_len(line) for line in printed(console).splitlines()} == {61}
 
 
 @pytest.mark.parametrize("width", [140, 50])

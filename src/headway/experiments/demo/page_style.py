@@ -47,7 +47,7 @@ h3 .verdict { float: right; margin-left: 12px; }
 pre {
   margin: 0; padding: 12px 14px; border: 1px solid var(--line); border-radius: 8px; background: var(--page);
   font: 13px/1.6 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
-  white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 4;
+  white-space: break-spaces; overflow-wrap: anywhere; tab-size: 4;
 }
 .prompt { color: var(--soft); }
 .f0, .f1, .f2, .f3 { border-radius: 2px; }

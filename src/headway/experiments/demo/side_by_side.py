@@ -11,6 +11,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Sequence
 
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -122,16 +123,16 @@ def _pane(
     elapsed: float | None,
 ) -> Panel:
     shown = len(generation.lengths) if elapsed is None else bisect_right(generation.moments, elapsed)
-    text = _written(comparison, generation, shown=shown, coloured=coloured)
+    columns = (console.width if console.width < NARROW else console.width // 2) - 4
+    lines = _fold(_written(comparison, generation, shown=shown, coloured=coloured), columns)
     height = None
     if elapsed is not None:
-        columns = (console.width if console.width < NARROW else console.width // 2) - 4
         whole = _written(comparison, generation, shown=len(generation.lengths), coloured=coloured)
         room = (console.height - 1) // (2 if console.width < NARROW else 1) - 2
         # The frame has its last height from the start: it neither grows while it types nor outgrows the screen.
-        rows = max(1, min(len(whole.wrap(console, columns)), room))
-        text = Text("\n").join(text.wrap(console, columns)[-rows:])
-        height = rows + 2
+        height = 2 + max(1, min(len(_fold(whole, columns)), room))
+        lines = lines[2 - height :]
+    text = Text("\n", no_wrap=True).join(lines)
     seconds = generation.seconds if elapsed is None else min(elapsed, generation.seconds)
     # The prefill is no pass of the decoding: the engine does not count it either.
     subtitle = (
@@ -151,6 +152,20 @@ def _written(comparison: Comparison, generation: RecordedGeneration, *, shown: i
         else:
             text.append(BAR + block.text)
     return text
+
+
+def _fold(text: Text, columns: int) -> list[Text]:
+    """Lines of at most so many columns, cut anywhere: unlike wrapping at words this keeps every blank."""
+    lines: list[Text] = []
+    for line in text.split("\n", allow_blank=True):
+        cuts, used = [], 0
+        for position, character in enumerate(line.plain):
+            used += cell_len(character)
+            if used > columns:
+                cuts.append(position)
+                used = cell_len(character)
+        lines += line.divide(cuts)
+    return lines
 
 
 def _block_style(forward: int) -> str:
