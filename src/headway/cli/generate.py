@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from headway.cli.timed_generation import Session
 
 DEFAULT_NEW_TOKENS = 256
+EXIT_DIFFERENT = 1
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,8 @@ def generate_command(
     a file, or stdin, taken as it is. The new text goes to stdout while it comes, everything else to stderr; with
     --compare or --json the last line of stdout is one JSON document.
 
-    Greedy decoding drafts with the heads and gives the tokens of plain decoding. Sampling (--temperature, --top-p,
-    --seed) draws one token per forward and says so.
+    Greedy decoding drafts with the heads and gives the tokens of plain decoding; --compare shows it, and ends with
+    status 1 where a token differs. Sampling (--temperature, --top-p, --seed) draws one token per forward and says so.
     """
     sampling = Sampling(temperature, top_p, seed)
     if compare:
@@ -126,6 +127,8 @@ def generate_command(
         emit_json(document)
     if document.get("interrupted"):
         raise click.Abort
+    if not document.get("identical", True):
+        raise click.exceptions.Exit(EXIT_DIFFERENT)
 
 
 def _open_session(

@@ -35,7 +35,11 @@ class CommandEntry(NamedTuple):
 
 
 COMMANDS = {
-    "train": CommandEntry("headway.cli.train", "train_command", "Train a multi-token model from text."),
+    "train": CommandEntry(
+        "headway.cli.train",
+        "train_command",
+        "Train a multi-token model from text, or continue the unfinished run in the output folder.",
+    ),
     "generate": CommandEntry(
         "headway.cli.generate", "generate_command", "Continue a prompt, faster, with not one token changed."
     ),
