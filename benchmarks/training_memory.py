@@ -74,7 +74,7 @@ def measure(scheme: str, num_future_tokens: int) -> float:
             return F.cross_entropy(model.unembed(normed).flatten(0, 1), targets.flatten())
 
         losses = [checkpoint(head_loss, hidden, k, use_reentrant=False) for k, hidden in enumerate(raw, start=1)]
-        sum(losses).backward()  # type: ignore[union-attr]
+        sum(losses).backward()
 
     tokens = torch.randint(0, VOCABULARY, (2, TOKENS // 2))
     step(torch.randint(0, VOCABULARY, (1, 8)))  # allocates gradients and library buffers

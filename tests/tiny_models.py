@@ -64,7 +64,12 @@ FAMILIES: dict[str, Any] = {
         **_WIDE, num_key_value_heads=2, head_dim=8, use_sliding_window=True, max_window_layers=1, **_two_kinds(6)
     ),
     "gemma2": lambda: Gemma2Config(
-        **_WIDE, num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, final_logit_softcapping=2.0, **_two_kinds(6)
+        **_WIDE,
+        num_key_value_heads=2,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        final_logit_softcapping=2.0,
+        **_two_kinds(6),
     ),
     "gemma3_text": lambda: Gemma3TextConfig(
         **_WIDE, num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, **_two_kinds(6)

@@ -61,9 +61,12 @@ def test_value_and_gradients_equal_the_definition_to_1e_12(
     assert abs(got.total.item() - expected.item()) <= 1e-12 * max(1.0, abs(expected.item()))
     for gradient, reference in zip(gradients, expected_gradients, strict=True):
         assert float((gradient - reference).abs().max()) <= 1e-12 * max(1.0, float(reference.abs().max()))
-    assert got.num_targets_N.tolist() == count_valid_targets(
-        labels, num_future_tokens=num_offsets, position_ids_BT=positions, attention_mask_BT=mask
-    ).tolist()
+    assert (
+        got.num_targets_N.tolist()
+        == count_valid_targets(
+            labels, num_future_tokens=num_offsets, position_ids_BT=positions, attention_mask_BT=mask
+        ).tolist()
+    )
 
 
 def test_per_offset_values_are_the_means_that_make_up_the_total():
@@ -83,7 +86,9 @@ def test_counts_of_a_whole_step_make_micro_batches_add_up_to_the_mean():
     whole_gradient = torch.autograd.grad(whole.total, weight)[0]
     counts = count_valid_targets(labels, num_future_tokens=3)
     parts = [
-        chunked_loss([h[row : row + 1] for h in hidden], weight, labels[row : row + 1], num_valid_targets_N=counts).total
+        chunked_loss(
+            [h[row : row + 1] for h in hidden], weight, labels[row : row + 1], num_valid_targets_N=counts
+        ).total
         for row in range(B)
     ]
     assert sum(part.item() for part in parts) == pytest.approx(whole.total.item(), rel=1e-13)
@@ -111,9 +116,7 @@ def test_low_precision_error_is_no_worse_than_the_definitions(dtype):
     fast = chunked_loss(hidden, weight, labels, chunk_tokens=5).total
     slack = 1e-6 if dtype == torch.float32 else 2e-3
     assert abs(fast.item() - exact.item()) <= abs(naive.item() - exact.item()) + slack
-    error = [
-        float((torch.autograd.grad(value, weight)[0] - exact_gradient).abs().max()) for value in (naive, fast)
-    ]
+    error = [float((torch.autograd.grad(value, weight)[0] - exact_gradient).abs().max()) for value in (naive, fast)]
     assert error[1] <= error[0] + slack
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import FAMILIES, random_tokens, tiny_base
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from headway.errors import ConfigError, IncompatibleModelError
@@ -12,6 +11,7 @@ from headway.model.attach import attach_heads
 from headway.model.config import MultiTokenConfig
 from headway.model.multi_token_lm import MultiTokenLM
 from headway.model.sizes import PAPER_SIZES, paper_config
+from tiny_models import FAMILIES, random_tokens, tiny_base
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, random_tokens, tiny_base, tiny_model
 from transformers import AutoModelForCausalLM
 
 from headway.errors import CheckpointError
@@ -17,6 +16,7 @@ from headway.model import folder as folder_module
 from headway.model.attach import attach_heads
 from headway.model.config import MultiTokenConfig
 from headway.model.multi_token_lm import MultiTokenLM
+from tiny_models import FAMILIES, random_tokens, tiny_base, tiny_model
 
 TOKENS = random_tokens(2, 12)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import FAMILIES, random_tokens, tiny_model
 
 from headway.errors import ConfigError
+from tiny_models import FAMILIES, random_tokens, tiny_model
 
 FIRST, SECOND = 7, 9
 POSITIONS = torch.cat([torch.arange(FIRST), torch.arange(SECOND)])[None].expand(2, -1)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import FAMILIES, random_tokens, tiny_base, tiny_model
 
 from headway.losses.reference import reference_loss
 from headway.model.attach import attach_heads
 from headway.model.config import MultiTokenConfig
+from tiny_models import FAMILIES, random_tokens, tiny_base, tiny_model
 
 PLAIN = MultiTokenConfig(num_future_tokens=1)
 

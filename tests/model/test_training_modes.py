@@ -7,10 +7,10 @@ import shutil
 
 import pytest
 import torch
-from tiny_models import random_tokens, tiny_model
 
 from headway.model.multi_token_lm import MultiTokenLM
 from headway.model.per_head import backward_per_head
+from tiny_models import random_tokens, tiny_model
 
 TOKENS = random_tokens(2, 16)
 POSITIONS = torch.cat([torch.arange(6), torch.arange(10)])[None].expand(2, -1)

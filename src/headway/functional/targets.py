@@ -88,7 +88,9 @@ def shift_targets(
     Source: Gloeckle et al. 2024 (arXiv:2404.19737), equation 2; boundaries are not described there.
     """
     if labels_BT.ndim != 2:
-        raise DataError(f"labels must have the shape [batch, positions]: got {tuple(labels_BT.shape)}; add a batch dimension")
+        raise DataError(
+            f"labels must have the shape [batch, positions]: got {tuple(labels_BT.shape)}; add a batch dimension"
+        )
     if offset < 1:
         raise DataError(f"offset counts from 1 (the next token): got {offset}; pass 1..num_future_tokens")
     batch, length = labels_BT.shape

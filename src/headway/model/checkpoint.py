@@ -80,14 +80,14 @@ def read_multi_token_config(folder: str | PathLike[str]) -> MultiTokenConfig:
     Raises:
         CheckpointError: the folder has no heads, or the file is damaged or of another version.
     """
-    return _multi_token_config(_read_config(Path(folder)), Path(folder))
+    return _multi_token_config(read_record(Path(folder)), Path(folder))
 
 
 def load_model(cls: Any, source: str | PathLike[str], *, base: Any = None, **kwargs: Any) -> Any:
     """See `MultiTokenLM.from_pretrained`."""
     hub_options = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
     folder = _local_folder(source, hub_options)
-    record = _read_config(folder)
+    record = read_record(folder)
     mtp_config = _multi_token_config(record, folder)
     tensors = _read_heads(folder, record)
     if base is None:
@@ -135,7 +135,9 @@ def _write_index(folder: Path) -> None:
             weight_map[name] = "model.safetensors"
             tensor = file.get_tensor(name)
             total += tensor.numel() * tensor.element_size()
-    index.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True))
+    index.write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True)
+    )
 
 
 def _write_heads(
@@ -144,21 +146,49 @@ def _write_heads(
     (folder / HEADS_FOLDER).mkdir()
     heads_path = folder / HEADS_FILE
     save_file({key: tensor.detach().contiguous() for key, tensor in heads_state.items()}, heads_path, {"format": "pt"})
-    text_config = model.config
+    write_record(
+        folder,
+        model.mtp_config,
+        model.config,
+        base_name=_shareable(name),
+        fingerprint=base_fingerprint(model.base, base_state),
+        num_tensors=len(heads_state),
+    )
+
+
+def write_record(
+    folder: Path,
+    mtp_config: MultiTokenConfig,
+    base_config: Any,
+    *,
+    base_name: str | None,
+    fingerprint: Mapping[str, str],
+    num_tensors: int,
+) -> None:
+    """Write `mtp/config.json` beside the heads file that is already there.
+
+    Args:
+        folder: the model folder; `mtp/heads.safetensors` is in it.
+        mtp_config: what was added.
+        base_config: configuration of the base.
+        base_name: hub name or last name of a folder; a path of this machine means nothing elsewhere.
+        fingerprint: `headway.model.fingerprint` of the base's weights.
+        num_tensors: tensors in the heads file.
+    """
     record = {
         "format": _FORMAT,
         "format_version": FORMAT_VERSION,
-        "multi_token": model.mtp_config.to_dict(),
+        "multi_token": mtp_config.to_dict(),
         "base": {
-            "model_type": text_config.model_type,
-            "name": _shareable(name),
-            "num_hidden_layers": text_config.num_hidden_layers,
-            "hidden_size": text_config.hidden_size,
-            "vocab_size": text_config.vocab_size,
-            "fingerprint": base_fingerprint(model.base, base_state),
+            "model_type": base_config.model_type,
+            "name": base_name,
+            "num_hidden_layers": base_config.num_hidden_layers,
+            "hidden_size": base_config.hidden_size,
+            "vocab_size": base_config.vocab_size,
+            "fingerprint": dict(fingerprint),
         },
-        "heads_sha256": _sha256(heads_path),
-        "num_tensors": len(heads_state),
+        "heads_sha256": _sha256(folder / HEADS_FILE),
+        "num_tensors": num_tensors,
         "provenance": {key: value for key, value in provenance().items() if key != "argv"},
     }
     (folder / CONFIG_FILE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -188,11 +218,18 @@ def _local_folder(source: str | PathLike[str], hub_options: Mapping[str, Any]) -
         ) from error
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> dict[str, Any]:
+    """The checked contents of `mtp/config.json`.
+
+    Raises:
+        CheckpointError: no heads, or a file that is damaged or of another version.
+    """
     path = folder / CONFIG_FILE
     if not path.is_file():
         if (folder / HEADS_FILE).exists():
-            raise CheckpointError(f"{folder} is half written: it has heads but no {CONFIG_FILE}; save it again", path=path)
+            raise CheckpointError(
+                f"{folder} is half written: it has heads but no {CONFIG_FILE}; save it again", path=path
+            )
         raise CheckpointError(
             f"{folder} has no heads ({CONFIG_FILE} is missing): it is a plain checkpoint or not a model; load it with "
             f"AutoModelForCausalLM and give it heads with attach_heads",
@@ -201,10 +238,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         version, base = record["format_version"], record["base"]
-        if record["format"] != _FORMAT or not {"fingerprint", "model_type"} <= base.keys() or "heads_sha256" not in record:
+        if (
+            record["format"] != _FORMAT
+            or not {"fingerprint", "model_type"} <= base.keys()
+            or "heads_sha256" not in record
+        ):
             raise KeyError("format")
     except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); restore it or save again", path=path) from error
+        raise CheckpointError(
+            f"{path} is damaged ({type(error).__name__}: {error}); restore it or save again", path=path
+        ) from error
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format version {version}, this headway reads {FORMAT_VERSION}; use the headway that wrote it",
@@ -220,7 +263,12 @@ def _multi_token_config(record: Mapping[str, Any], folder: Path) -> MultiTokenCo
         raise CheckpointError(f"{folder / CONFIG_FILE} is damaged: {error}", path=folder / CONFIG_FILE) from error
 
 
-def _read_heads(folder: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
+def check_heads_file(folder: Path, record: Mapping[str, Any]) -> None:
+    """Compare `mtp/heads.safetensors` with the checksum of its record.
+
+    Raises:
+        CheckpointError: missing, truncated or changed.
+    """
     path = folder / HEADS_FILE
     if not path.is_file():
         raise CheckpointError(f"{folder} is half written: {HEADS_FILE} is missing; save it again", path=path)
@@ -229,6 +277,11 @@ def _read_heads(folder: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
             f"{path} is truncated or was changed: its checksum is not the one in {CONFIG_FILE}; restore it or save again",
             path=path,
         )
+
+
+def _read_heads(folder: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
+    check_heads_file(folder, record)
+    path = folder / HEADS_FILE
     try:
         return dict(load_file(path))
     except (SafetensorError, OSError, ValueError) as error:
@@ -240,7 +293,9 @@ def _load_base(folder: Path, record: Mapping[str, Any], options: Mapping[str, An
         _check_index(folder)
         where: Any = folder
     elif any(folder.glob("*.safetensors")):
-        raise CheckpointError(f"{folder} is half written: it has weights but no config.json; save it again", path=folder)
+        raise CheckpointError(
+            f"{folder} is half written: it has weights but no config.json; save it again", path=folder
+        )
     else:
         where = record["base"].get("name")
         if not where:
@@ -273,10 +328,14 @@ def _check_index(folder: Path) -> None:
     try:
         files = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is damaged ({type(error).__name__}); restore it or save again", path=path) from error
+        raise CheckpointError(
+            f"{path} is damaged ({type(error).__name__}); restore it or save again", path=path
+        ) from error
     for name in files:
         if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} is half written: {name} is missing; restore it or save again", path=folder / name)
+            raise CheckpointError(
+                f"{folder} is half written: {name} is missing; restore it or save again", path=folder / name
+            )
 
 
 def _load_heads(model: Any, tensors: dict[str, Tensor], folder: Path, *, keep_dtype: bool) -> None:

@@ -44,7 +44,11 @@ class MultiTokenConfig:
     loss_chunk_tokens: int = 1024
 
     def __post_init__(self) -> None:
-        if isinstance(self.num_future_tokens, bool) or not isinstance(self.num_future_tokens, int) or self.num_future_tokens < 1:
+        if (
+            isinstance(self.num_future_tokens, bool)
+            or not isinstance(self.num_future_tokens, int)
+            or self.num_future_tokens < 1
+        ):
             raise ConfigError(
                 f"num_future_tokens must be a whole number >= 1 (it includes the next token): got "
                 f"{self.num_future_tokens!r}; pass 1 for the plain model, 4 for three extra heads"

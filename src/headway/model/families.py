@@ -135,7 +135,9 @@ def check_config(config: Any) -> None:
     layer_types = getattr(config, "layer_types", None) or ()
     foreign = sorted({str(kind) for kind in layer_types if kind not in _LAYER_TYPES})
     if foreign:
-        reasons.append(f"it has layers of type {', '.join(foreign)}, whose state cannot be rolled back or replayed by heads")
+        reasons.append(
+            f"it has layers of type {', '.join(foreign)}, whose state cannot be rolled back or replayed by heads"
+        )
     if model_type not in SUPPORTED_FAMILIES:
         differs = "; ".join(reasons) if reasons else "its layers, masks and logits have not been checked against heads"
         raise IncompatibleModelError(

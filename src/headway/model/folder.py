@@ -14,11 +14,19 @@ from headway.errors import CheckpointError
 HEADS_FOLDER = "mtp"
 """Subfolder of the heads: some engines load every safetensors file at the top of a folder."""
 
+_LAST = ("params.json", "config.json")
+"""Without the file of this name no reader takes the folder for a model, so it is moved in last."""
+
 _WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
 
 
 def write_folder(
-    target: str | PathLike[str], write: Callable[[Path], None], *, overwrite: bool, replaces: Iterable[str]
+    target: str | PathLike[str],
+    write: Callable[[Path], None],
+    *,
+    overwrite: bool,
+    replaces: Iterable[str],
+    removes: Iterable[str] = (),
 ) -> None:
     """Let `write` fill a folder beside `target`, then move its files in; `config.json` files come last.
 
@@ -27,6 +35,7 @@ def write_folder(
         write: gets an empty folder.
         overwrite: replace model files that are already there.
         replaces: files, relative to `target`, whose presence means that a model is there.
+        removes: patterns of further files, relative to `target`, that go with the old model when it is replaced.
 
     Raises:
         CheckpointError: a model is there and `overwrite` is off, `target` is a file, or the disk refuses.
@@ -45,11 +54,13 @@ def write_folder(
         target.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.saving-", dir=target.parent))
     except OSError as error:
-        raise CheckpointError(f"cannot write {target}: {error.strerror}; choose a folder you may write", path=target) from error
+        raise CheckpointError(
+            f"cannot write {target}: {error.strerror}; choose a folder you may write", path=target
+        ) from error
     try:
         aside.chmod(0o777 & ~_umask())
         write(aside)
-        _move_in(aside, target, overwrite=overwrite)
+        _move_in(aside, target, overwrite=overwrite, removes=removes)
     except OSError as error:
         raise CheckpointError(
             f"cannot write {target}: {error.strerror or error}; free space or choose another folder", path=target
@@ -58,7 +69,7 @@ def write_folder(
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _move_in(aside: Path, target: Path, *, overwrite: bool) -> None:
+def _move_in(aside: Path, target: Path, *, overwrite: bool, removes: Iterable[str]) -> None:
     if not target.exists() or not any(target.iterdir()):
         aside.replace(target)
         return
@@ -70,7 +81,13 @@ def _move_in(aside: Path, target: Path, *, overwrite: bool) -> None:
             for pattern in _WEIGHT_PATTERNS:
                 for stale in (target / folder).glob(pattern):
                     stale.unlink()
-    for path in sorted(written, key=lambda path: (path.name == "config.json", path.parent == Path(), path)):
+        for pattern in removes:
+            for stale in sorted(target.glob(pattern), key=lambda path: (path.name not in _LAST, path)):
+                if stale.is_file():
+                    stale.unlink()
+                    if stale.parent != target and not any(stale.parent.iterdir()):
+                        stale.parent.rmdir()
+    for path in sorted(written, key=lambda path: (path.name in _LAST, path.parent == Path(), path)):
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         (aside / path).replace(target / path)
 

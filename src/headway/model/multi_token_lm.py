@@ -192,7 +192,12 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         """
         if is_main_process:
             save_model(
-                self, save_directory, state_dict=state_dict, overwrite=overwrite, max_shard_size=max_shard_size, **kwargs
+                self,
+                save_directory,
+                state_dict=state_dict,
+                overwrite=overwrite,
+                max_shard_size=max_shard_size,
+                **kwargs,
             )
 
     def save_heads(self, save_directory: str | PathLike[str], *, overwrite: bool = False) -> None:
