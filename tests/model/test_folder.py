@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import tiny_base
 
 from headway.errors import CheckpointError
 from headway.model.fingerprint import FingerprintBuilder, base_fingerprint, same_fingerprint, untied_tensors
 from headway.model.folder import write_folder
+from tiny_models import tiny_base
 
 
 def write(**files: str):
@@ -66,7 +66,7 @@ def test_a_fingerprint_taken_tensor_by_tensor_is_that_of_the_whole_base(family):
 
 
 def test_a_fingerprint_knows_the_same_base_in_another_precision_and_no_other():
-    exact, rounded = tiny_base("llama"), tiny_base("llama", dtype=torch.bfloat16)
+    exact, rounded = tiny_base("llama"), tiny_base("llama").to(torch.bfloat16)
     other = tiny_base("llama", seed=1)
     prints = [base_fingerprint(base, base.state_dict()) for base in (exact, rounded, other)]
     assert same_fingerprint(prints[0], prints[1])
