@@ -58,7 +58,8 @@ def main(arguments: list[str]) -> int:
 
 def cli_page() -> str:
     """The text of docs/cli.md: the help of `headway` and of each of its commands."""
-    group_context = click.Context(headway_group, info_name="headway", terminal_width=HELP_WIDTH)
+    settings = headway_group.context_settings
+    group_context = click.Context(headway_group, info_name="headway", terminal_width=HELP_WIDTH, **settings)
     sections = [("headway", headway_group.get_help(group_context))]
     for name in COMMANDS:
         command = _command(name)
