@@ -55,6 +55,20 @@ def test_a_measurement_leaves_the_mode_as_it_was(model, prompts):
     assert model.training
 
 
+def test_an_interrupt_inside_a_generation_ends_the_measurement(model, prompts):
+    calls = 0
+
+    def interrupt(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+
+    model.family.last_layer.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        measure_speed(model, prompts, max_new_tokens=12, repeats=1, warmup=0)
+
+
 def test_nothing_to_measure_is_an_error(model):
     with pytest.raises(ConfigError, match="at least one prompt"):
         measure_speed(model, [], max_new_tokens=4)

@@ -141,11 +141,20 @@ def measure_speed(
     rows = [prompt.reshape(1, -1) for prompt in prompts]
     draft = {} if num_draft_tokens is None else {"num_draft_tokens": num_draft_tokens}
 
+    def decode(row: Tensor, **options: Any) -> Any:
+        result = model.generate(
+            row, do_sample=False, max_new_tokens=max_new_tokens, return_dict_in_generate=True, **options
+        )
+        if result.acceptance.interrupted:
+            # The engine gives back what it has on Ctrl-C; half a text is no measurement.
+            raise KeyboardInterrupt
+        return result.sequences
+
     def decode_plain(row: Tensor) -> Any:
-        return model.generate(row, do_sample=False, max_new_tokens=max_new_tokens, num_draft_tokens=0)
+        return decode(row, num_draft_tokens=0)
 
     def decode_self_speculative(row: Tensor) -> Any:
-        return model.generate(row, do_sample=False, max_new_tokens=max_new_tokens, **draft)
+        return decode(row, **draft)
 
     def decode_hugging_face(row: Tensor) -> Any:
         mask = torch.ones_like(row)

@@ -80,11 +80,12 @@ def acceptance_figure(walk: WalkAcceptance, generated: GeneratedAcceptance) -> s
             for place, height in zip(places, heights, strict=True):
                 axes.annotate(f"{height:.0f}", (place, height), ha="center", va="bottom", fontsize=9)
         axes.set_xticks(range(2, len(walk.acceptance_rate) + 2))
-        axes.set_ylim(0, 100)
+        axes.set_ylim(0, 106)
+        axes.set_yticks(range(0, 101, 20))
         axes.set_xlabel("offset of the draft")
         axes.set_ylabel("accepted, percent")
         axes.set_title("Acceptance per offset, given the earlier ones", loc="left")
-        axes.legend()
+        figure.legend(loc="outside lower center", ncols=2)
         return _svg(figure)
 
 
@@ -97,7 +98,7 @@ def speed_figure(speed: DecodingSpeed) -> str:
             middle = arm.tokens_per_second
             axes.barh(row, middle, color=colour, height=0.6)
             axes.plot([low, high], [row, row], color=_INK, linewidth=1.2, marker="|", markersize=8)
-            axes.annotate(f"  {middle:.0f}", (high, row), va="center")
+            axes.annotate(f"{middle:.0f}", (high, row), (8, 0), textcoords="offset points", va="center")
         axes.set_yticks(range(len(speed.arms)), [arm.name for arm in speed.arms])
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")

@@ -142,6 +142,9 @@ def record_generation(
             **draft,
         )
     seconds = time.perf_counter() - watch.started
+    if result.acceptance.interrupted:
+        # The engine gives back what it has on Ctrl-C; half a text is no comparison.
+        raise KeyboardInterrupt
     tokens = tuple(result.sequences[0, row_1T.shape[1] :].tolist())
     after_prefill = tuple(length for length in result.acceptance.lengths[0] if length)
     lengths = (len(tokens) - sum(after_prefill), *after_prefill)

@@ -224,7 +224,7 @@ def _corpus(result: DemoResult) -> str:
     )
     return (
         f'<h2>The text</h2><div class="panel">{_facts(facts)}'
-        f"<details><summary>{len(corpus.held_out_packages)} held-out packages and modules</summary>"
+        f"<details open><summary>{len(corpus.held_out_packages)} held-out packages and modules</summary>"
         f'<ul class="names">{packages}</ul></details>'
         + (
             f"<details><summary>{len(corpus.dropped)} near-duplicates dropped from training</summary>"
@@ -250,7 +250,7 @@ def _conditions(result: DemoResult) -> str:
             "trained",
             f"{training.steps:,} steps, {training.tokens:,} tokens, {training.tokens_per_second:,.0f} tokens/s",
         ),
-        *((f"option {name}", str(value)) for name, value in result.options.items()),
+        *((name, str(value)) for name, value in result.options.items()),
         ("machine", ", ".join(f"{name} {value}" for name, value in machine.items())),
         ("versions", ", ".join(f"{name} {value}" for name, value in versions.items())),
         ("commit", _commit(result)),
@@ -267,7 +267,7 @@ def _commit(result: DemoResult) -> str:
     commit = result.provenance.get("commit")
     if commit is None:
         return "not a checkout"
-    return f"{commit}{' with changes' if result.provenance.get('modified') else ''}"
+    return f"{commit[:12]}{' with changes' if result.provenance.get('modified') else ''}"
 
 
 def _facts(facts: Iterable[tuple[str, str]]) -> str:

@@ -38,7 +38,7 @@ from headway.provenance import provenance
 from headway.training.config import TrainConfig
 from headway.training.config_file import resolve_config
 from headway.training.corpus import TrainingData
-from headway.training.events import Listener
+from headway.training.events import Event, Listener, RunEnded, RunStarted
 from headway.training.loop import TrainResult, train
 from headway.training.metrics import read_metrics
 from headway.training.run import Evaluator
@@ -125,13 +125,24 @@ def _train(
     config: TrainConfig, corpus: DemoCorpus, on_event: Listener | None, timer: PartTimer
 ) -> tuple[TrainResult, TokenCache]:
     captured: list[TrainingData] = []
+    stages = [("encoding text, compiling layers", time.perf_counter())]
 
     def capture(data: TrainingData) -> list[Evaluator]:
         captured.append(data)
         return []
 
-    with timer.part("training"):
-        trained = train(config, evaluators=capture, on_event=on_event)
+    def listen(event: Event) -> None:
+        if isinstance(event, RunStarted):
+            stages.append(("training steps", time.perf_counter()))
+        elif isinstance(event, RunEnded):
+            stages.append(("saving the model", time.perf_counter()))
+        if on_event is not None:
+            on_event(event)
+
+    trained = train(config, evaluators=capture, on_event=listen)
+    ends = [*(moment for _, moment in stages[1:]), time.perf_counter()]
+    for (stage, started), ended in zip(stages, ends, strict=True):
+        timer.seconds[stage] = ended - started
     (data,) = captured
     check_same_text(corpus, train=data.train, held_out=data.held_out)
     assert data.held_out is not None, "check_same_text refuses a run without held-out text"
@@ -207,7 +218,7 @@ def _measure(
             "seed": options.seed,
             "threads": torch.get_num_threads(),
             "precision": config.precision,
-            "layers_compiled": config.compile,
+            "compile": config.compile,
         },
         provenance=provenance(),
     )
