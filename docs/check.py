@@ -58,13 +58,10 @@ def main(arguments: list[str]) -> int:
 
 def cli_page() -> str:
     """The text of docs/cli.md: the help of `headway` and of each of its commands."""
-    settings = headway_group.context_settings
-    group_context = click.Context(headway_group, info_name="headway", terminal_width=HELP_WIDTH, **settings)
-    sections = [("headway", headway_group.get_help(group_context))]
+    sections = [("headway", headway_group.get_help(_context(headway_group)))]
     for name in COMMANDS:
         command = _command(name)
-        context = click.Context(command, info_name=name, parent=group_context, terminal_width=HELP_WIDTH)
-        sections.append((f"headway {name}", command.get_help(context)))
+        sections.append((f"headway {name}", command.get_help(_context(command))))
     return CLI_PREFACE + "".join(f"\n## {title}\n\n```text\n{text}\n```\n" for title, text in sections)
 
 
@@ -169,7 +166,7 @@ def _headway_faults(arguments: list[str]) -> Iterator[str]:
 
 
 def _flags(command: click.Command) -> set[str]:
-    context = click.Context(command, info_name=command.name, **command.context_settings)
+    context = _context(command)
     flags = set(context.help_option_names)
     for parameter in command.get_params(context):
         flags |= {*parameter.opts, *parameter.secondary_opts}
@@ -183,8 +180,17 @@ def _make_faults(arguments: list[str], root: Path) -> Iterator[str]:
             yield f"no such target: make {word}"
 
 
+def _context(command: click.Command) -> click.Context:
+    # Commands take the names of their help option from the group, and keep the first that they were asked for.
+    settings = headway_group.context_settings
+    group = click.Context(headway_group, info_name="headway", terminal_width=HELP_WIDTH, **settings)
+    if command is headway_group:
+        return group
+    return click.Context(command, info_name=command.name, parent=group, terminal_width=HELP_WIDTH)
+
+
 def _command(name: str) -> click.Command:
-    command = headway_group.get_command(click.Context(headway_group), name)
+    command = headway_group.get_command(_context(headway_group), name)
     assert command is not None
     return command
 
