@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import VOCABULARY, random_tokens
 from torch import Tensor
 
 import headway.decoding.engine  # noqa: F401  (registers the engine)
 from headway.decoding.compare import NEAR_TIE_GAP, first_difference, top_two_gap
 from headway.decoding.executor import EagerExecutor
+from tiny_models import VOCABULARY, random_tokens
 
 
 @dataclass(frozen=True)

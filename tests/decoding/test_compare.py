@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from decoding_cases import ragged_batch
-from tiny_models import random_tokens, tiny_model
 
+from decoding_cases import ragged_batch
 from headway.decoding.choosing import Emission, GreedyChooser
 from headway.decoding.compare import compare_greedy, top_two_gap
 from headway.errors import DecodingError
+from tiny_models import random_tokens, tiny_model
 
 
 @pytest.fixture(scope="module")

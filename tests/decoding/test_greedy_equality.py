@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from decoding_cases import base_continuation, near_ties, new_tokens, ragged_batch, script_drafts
 from tiny_models import FAMILIES, random_tokens, tiny_model
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from decoding_cases import base_continuation, ragged_batch, script_drafts
-from tiny_models import FAMILIES, tiny_model
 
+from decoding_cases import base_continuation, ragged_batch, script_drafts
 from headway.decoding.cache import RaggedCache
 from headway.decoding.engine import ENGINE, decoding_context
 from headway.decoding.executor import EagerExecutor
+from tiny_models import FAMILIES, tiny_model
 
 STEPS = 10
 BATCHES = {"alone": ragged_batch([5], "l"), "ragged": ragged_batch([3, 9, 6], "lrl")}

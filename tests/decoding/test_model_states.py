@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from decoding_cases import base_continuation, ragged_batch
-from tiny_models import random_tokens, tiny_base, tiny_model
 from torch import nn
 
+from decoding_cases import base_continuation, ragged_batch
 from headway.decoding.engine import ENGINE, decoding_context
 from headway.model.attach import attach_heads
 from headway.model.config import MultiTokenConfig
+from tiny_models import random_tokens, tiny_base, tiny_model
 
 NEW = 12
 
@@ -29,9 +29,14 @@ def test_a_model_in_training_decodes_without_dropout_and_stays_in_training():
 
 def test_the_mode_is_restored_when_decoding_fails():
     model = tiny_model().train()
-    with pytest.raises(RuntimeError, match="in the loop"), decoding_context(model):
-        assert not any(module.training for module in model.modules())
-        raise RuntimeError("in the loop")
+
+    def fail():
+        with decoding_context(model):
+            assert not any(module.training for module in model.modules())
+            raise RuntimeError("in the loop")
+
+    with pytest.raises(RuntimeError, match="in the loop"):
+        fail()
     assert all(module.training for module in model.modules())
 
 

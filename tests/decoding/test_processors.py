@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from decoding_cases import Batch, script_drafts
-from tiny_models import VOCABULARY, random_tokens, tiny_model
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from decoding_cases import Batch, script_drafts
 from headway.decoding.scored import PrefixGate
+from tiny_models import VOCABULARY, random_tokens, tiny_model
 
 NEW = 20
 PAD = 0

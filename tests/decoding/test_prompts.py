@@ -6,13 +6,13 @@ import logging
 
 import pytest
 import torch
-from decoding_cases import base_continuation, ragged_batch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import random_tokens, tiny_model
 
+from decoding_cases import base_continuation, ragged_batch
 from headway.decoding.prompts import align_prompts, pad_left
 from headway.errors import DecodingError
+from tiny_models import random_tokens, tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from decoding_cases import base_continuation, ragged_batch, script_drafts
-from tiny_models import FAMILIES, random_tokens, tiny_base, tiny_model
-from transformers import GenerationConfig, MaxLengthCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, GenerationMixin, MaxLengthCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache
 
+from decoding_cases import base_continuation, ragged_batch, script_drafts
 from headway.decoding.refusals import check_positions
 from headway.errors import DecodingError
 from headway.model.attach import attach_heads
 from headway.model.config import MultiTokenConfig
+from tiny_models import FAMILIES, random_tokens, tiny_base, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,23 @@ def test_a_configuration_is_read_as_the_call_is(model):
         model.generate(row, generation_config=GenerationConfig(num_beams=3, max_new_tokens=2))
     out = model.generate(row, generation_config=GenerationConfig(max_new_tokens=5))
     assert out[0, 4:].tolist() == base_continuation(model, row, 5)
+
+
+def test_the_call_overrides_the_models_own_configuration():
+    model = tiny_model()
+    model.generation_config.num_beams = 3
+    row = random_tokens(1, 4)
+    with pytest.raises(DecodingError, match="num_beams=3"):
+        model.generate(row, max_new_tokens=5)
+    expected = base_continuation(model, row, 5, num_beams=1)
+    assert model.generate(row, max_new_tokens=5, num_beams=1)[0, 4:].tolist() == expected
+
+
+def test_the_mixins_own_generate_is_served_and_refused_alike(model):
+    row = random_tokens(1, 4)
+    assert torch.equal(GenerationMixin.generate(model, row, max_new_tokens=5), model.generate(row, max_new_tokens=5))
+    with pytest.raises(DecodingError, match="output_scores"):
+        GenerationMixin.generate(model, row, max_new_tokens=5, output_scores=True, return_dict_in_generate=True)
 
 
 def test_attention_that_takes_no_masks_is_refused(model, monkeypatch):
@@ -128,7 +145,7 @@ def test_learned_positions_are_used_to_the_last_and_not_beyond():
     # 9 + 12 tokens: the last of them is chosen at the last position, and is never fed.
     out = model.generate(batch.input_ids, attention_mask=batch.attention_mask, max_new_tokens=12)
     assert out[:, 9:].tolist() == [base_continuation(model, row, 12) for row in batch.rows()]
-    with pytest.raises(DecodingError, match="need 21 positions.*max_new_tokens=12 or less"):
+    with pytest.raises(DecodingError, match=r"need 21 positions.*max_new_tokens=12 or less"):
         model.generate(batch.input_ids, attention_mask=batch.attention_mask, max_new_tokens=13)
     with pytest.raises(DecodingError, match="longer than the 20 positions"):
         model.generate(random_tokens(1, 22), max_new_tokens=1)

@@ -1,9 +1,10 @@
-"""With sampling asked for, one token is drawn per forward, from the model's own distribution, and the result says so."""
+"""Sampling draws one token per forward from the model's own distribution, and the result says so."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+
 from decoding_cases import ragged_batch
 from tiny_models import random_tokens, tiny_model
 

@@ -7,11 +7,11 @@ import math
 
 import pytest
 import torch
-from decoding_cases import base_continuation, ragged_batch, script_drafts
-from tiny_models import random_tokens, tiny_model
 
+from decoding_cases import base_continuation, ragged_batch, script_drafts
 from headway.decoding.executor import EagerExecutor
 from headway.decoding.statistics import RowForward, acceptance_statistics
+from tiny_models import random_tokens, tiny_model
 
 
 @pytest.fixture(scope="module")

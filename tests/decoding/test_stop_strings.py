@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from decoding_cases import script_drafts
-from tiny_models import tiny_base
 from transformers import TextStreamer
 
+from decoding_cases import script_drafts
 from headway.data.tokenizers import BYTE_VOCABULARY_SIZE, byte_tokenizer
 from headway.model.attach import attach_heads
 from headway.model.config import MultiTokenConfig
+from tiny_models import tiny_base
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from decoding_cases import base_continuation, new_tokens, ragged_batch, script_drafts
-from tiny_models import random_tokens, tiny_model
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from decoding_cases import base_continuation, new_tokens, ragged_batch, script_drafts
 from headway.decoding.blocks import stream_blocks
 from headway.decoding.executor import EagerExecutor
 from headway.errors import DecodingError
+from tiny_models import random_tokens, tiny_model
 
 NEW = 18
 

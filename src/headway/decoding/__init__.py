@@ -1,1 +1,1 @@
-"""Generating text with several tokens per forward: prompts, cache, masks, the loop and what it measured."""
+"""Generating text with several tokens per forward: prompts, cache, masks, loop and statistics."""

@@ -53,6 +53,7 @@ from headway.decoding.refusals import (
     check_leftovers,
     check_new_tokens,
     check_positions,
+    check_prepared,
     check_request,
     check_streamer,
     resolve_num_draft_tokens,
@@ -209,7 +210,7 @@ class Engine:
         """
         request = _current_request.get() or _Request()
         try:
-            check_request({"synced_gpus": synced_gpus}, model)
+            check_prepared(generation_config, synced_gpus=synced_gpus)
             check_leftovers(model_kwargs)
             check_streamer(streamer, input_ids)
             vocabulary = model.get_input_embeddings().num_embeddings

@@ -62,7 +62,8 @@ class DecodingLoop:
         self._rooms = [self.max_new_tokens] * self.prompts.batch
         self._positions = [length - 1 for length in self.prompts.lengths]
         self._block_BM: Tensor | None = None
-        self._streamed = 0
+        self._streamed_forwards = 0
+        self._streamed_tokens = 0
 
     @property
     def finished(self) -> bool:
@@ -129,9 +130,12 @@ class DecodingLoop:
     def _stream(self) -> None:
         if self.streamer is None:
             return
-        for token in self.new_tokens(0)[self._streamed :]:
-            self._streamed += 1
-            self.streamer.put(torch.tensor([token]))
+        for forward in self.rows[0][self._streamed_forwards :]:
+            # Counted before it is put, so that Ctrl-C inside a streamer cannot make a token appear twice.
+            for token in forward.tokens[self._streamed_tokens :]:
+                self._streamed_tokens += 1
+                self.streamer.put(torch.tensor([token]))
+            self._streamed_forwards, self._streamed_tokens = self._streamed_forwards + 1, 0
 
     def new_tokens(self, row: int) -> list[int]:
         """All tokens that a row has been given so far."""

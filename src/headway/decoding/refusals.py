@@ -82,22 +82,37 @@ def check_request(arguments: Mapping[str, Any], model: Any) -> None:
     for name, what in _ARGUMENTS.items():
         if _set(arguments.get(name)):
             raise DecodingError(f"{name} asks for {what}, which self-speculative decoding does not serve; {_ELSEWHERE}")
-    for name, (what, asked) in _OPTIONS.items():
-        value = resolve_option(name, arguments, model)
-        if asked(value):
-            raise DecodingError(
-                f"{name}={value!r} asks for {what}, which self-speculative decoding does not serve; {_ELSEWHERE}"
-            )
-    returned = resolve_option("num_return_sequences", arguments, model)
-    if _more_than_one(returned) and not resolve_option("do_sample", arguments, model):
-        raise DecodingError(
-            f"num_return_sequences={returned} needs do_sample=True: greedy decoding has one result per prompt"
-        )
+    _check_options(lambda name: resolve_option(name, arguments, model))
     implementation = getattr(model.config, "_attn_implementation", "eager")
     if implementation not in ("sdpa", "eager"):
         raise DecodingError(
             f"decoding needs attn_implementation 'sdpa' or 'eager', which take a mask per position: got "
             f"{implementation!r}; call model.base.set_attn_implementation('sdpa') first"
+        )
+
+
+def check_prepared(generation_config: Any, *, synced_gpus: bool) -> None:
+    """The same for a configuration that transformers has merged already, whichever way the loop was reached.
+
+    Raises:
+        DecodingError: names the option and the way out.
+    """
+    _check_options(lambda name: getattr(generation_config, name, None))
+    if synced_gpus:
+        raise DecodingError(f"synced_gpus asks for {_ARGUMENTS['synced_gpus']}, which is not served; {_ELSEWHERE}")
+
+
+def _check_options(value_of: Callable[[str], Any]) -> None:
+    for name, (what, asked) in _OPTIONS.items():
+        value = value_of(name)
+        if asked(value):
+            raise DecodingError(
+                f"{name}={value!r} asks for {what}, which self-speculative decoding does not serve; {_ELSEWHERE}"
+            )
+    returned = value_of("num_return_sequences")
+    if _more_than_one(returned) and not value_of("do_sample"):
+        raise DecodingError(
+            f"num_return_sequences={returned} needs do_sample=True: greedy decoding has one result per prompt"
         )
 
 
