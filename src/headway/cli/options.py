@@ -1,4 +1,4 @@
-"""Command-line options from a configuration class: one typed field is one flag, with the field's own help text.
+"""Command-line options from a configuration class: one typed field is one flag with its help.
 
 A flag that is not given leaves its field to the recipe, the configuration file or the default; `none` unsets a field
 that can be unset. Lists of texts are repeatable flags, lists of numbers are comma-separated.

@@ -1,4 +1,4 @@
-"""`headway train`: a configuration from flags, file and recipe, then the training loop with its evaluations."""
+"""`headway train`: a configuration from flags, file and recipe, then the training loop."""
 
 from __future__ import annotations
 

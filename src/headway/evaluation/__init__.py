@@ -1,1 +1,1 @@
-"""What a trained model is worth: likelihood, acceptance along real text, repetition and decoding speed."""
+"""What a trained model is worth: likelihood, acceptance along real text, repetition, speed."""

@@ -1,4 +1,4 @@
-"""What a run tells whoever watches it: plain records, so that the loop knows neither screens nor files."""
+"""What a run tells its watchers: plain records, so that the loop knows neither screens nor files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AdamW, and Muon with AdamW for what Muon does not train: one object with one state, keyed by parameter names.
+"""AdamW, and Muon with AdamW for the rest: one object with one state, keyed by parameter names.
 
 Which parameter goes where (a parameter that two modules share is one parameter):
 

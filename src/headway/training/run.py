@@ -1,4 +1,4 @@
-"""The steps of a run: from its first one, or the one after a checkpoint, to the last one or to a signal."""
+"""The steps of a run: from the first, or the one after a checkpoint, to the last or to a signal."""
 
 from __future__ import annotations
 

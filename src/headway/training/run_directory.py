@@ -1,4 +1,4 @@
-"""The output folder of a run: who owns it, what is in it, and whether it is started, resumed or refused.
+"""The output folder of a run: its owner, its content, and whether it starts, resumes or refuses.
 
 config.yaml           the resolved configuration
 metrics.jsonl         one line per logged step          evaluations.jsonl    one line per evaluation

@@ -1,4 +1,4 @@
-"""The style sheet of the report: one file without outside resources, for dark and for light screens and for paper."""
+"""The style sheet of the report: no outside resources, for dark and light screens and for paper."""
 
 from __future__ import annotations
 
