@@ -72,7 +72,7 @@ def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]):
     ("arguments", "message"),
     [
         (["trian"], "error: no such command 'trian'; did you mean 'train'?"),
-        (["generat", "x"], "error: no such command 'generat'; did you mean 'generate'?"),
+        (["ggenerate", "x"], "error: no such command 'ggenerate'; did you mean 'generate'?"),
         (["frobnicate"], "error: no such command 'frobnicate'; the commands are train, generate, info, demo"),
         (["--verbsoe"], "error: No such option '--verbsoe'. Did you mean '--version'?"),
         (["info", "--batch-sise", "3"], "'--batch-size'"),
