@@ -53,7 +53,8 @@ def test_every_module_can_be_imported():
     package = Path(headway.__file__).parent
     for path in sorted(package.rglob("*.py")):
         name = ".".join(("headway", *path.relative_to(package).with_suffix("").parts))
-        importlib.import_module(name.removesuffix(".__init__"))
+        module = importlib.import_module(name.removesuffix(".__init__"))
+        assert module.__file__ == str(path)
 
 
 def test_every_error_of_headway_is_one_tree_and_drawn_in_its_module():
