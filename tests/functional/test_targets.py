@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headway.errors import DataError
 from headway.functional.targets import count_valid_targets, shift_targets
 
 
@@ -60,5 +59,5 @@ def test_one_row_of_positions_serves_the_whole_batch():
     ],
 )
 def test_wrong_shapes_and_offsets_are_refused(arguments, match):
-    with pytest.raises(DataError, match=match):
+    with pytest.raises(ValueError, match=match):
         shift_targets(torch.zeros(2, 4, dtype=torch.long), **arguments)

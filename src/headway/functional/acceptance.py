@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from headway.errors import DecodingError
-
 
 def accept_greedy_chain(draft_BK: Tensor, target_BM: Tensor) -> Tensor:
     """Number of drafted tokens, from the front, that greedy decoding would have chosen itself.
@@ -18,6 +16,7 @@ def accept_greedy_chain(draft_BK: Tensor, target_BM: Tensor) -> Tensor:
     and the target after the last accepted one is the model's own next token. Draft tokens after the first wrong one
     never count, even where they happen to agree.
 
+    >>> import torch
     >>> draft = torch.tensor([[5, 6, 7], [5, 9, 7], [9, 6, 7]])
     >>> target = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 8], [5, 6, 7, 8]])
     >>> accept_greedy_chain(draft, target)
@@ -31,13 +30,13 @@ def accept_greedy_chain(draft_BK: Tensor, target_BM: Tensor) -> Tensor:
         int64 [B], each 0..K.
 
     Raises:
-        DecodingError: shapes that do not belong together.
+        ValueError: shapes that do not belong together.
 
     Source: Stern et al. 2018 (arXiv:1811.03115), section 3, "verify" and "accept"; Gloeckle et al. 2024
     (arXiv:2404.19737), section 3.2, uses it with the model's own extra heads.
     """
     if draft_BK.ndim != 2 or target_BM.shape != (draft_BK.shape[0], draft_BK.shape[1] + 1):
-        raise DecodingError(
+        raise ValueError(
             f"a chain of K drafted tokens needs K + 1 targets per row: got draft {tuple(draft_BK.shape)} and target "
             f"{tuple(target_BM.shape)}; pass the target after the last known token and after every drafted one"
         )

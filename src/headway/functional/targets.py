@@ -11,8 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headway.errors import DataError
-
 IGNORE_INDEX = -100
 """Label of a position that is not a target (the Hugging Face convention)."""
 
@@ -34,7 +32,7 @@ def document_keys(
     [tensor([[ 0,  0, -2, -2]])]
 
     Raises:
-        DataError: ids that do not have the shape [B, T] (or [1, T]).
+        ValueError: ids that do not have the shape [B, T] (or [1, T]).
     """
     batch, length = shape
     keys = []
@@ -42,7 +40,7 @@ def document_keys(
         if ids is None:
             continue
         if ids.ndim != 2 or ids.shape[1] != length or ids.shape[0] not in (1, batch):
-            raise DataError(
+            raise ValueError(
                 f"{name} must have the shape of the tokens: got {tuple(ids.shape)}, tokens are {(batch, length)}; "
                 f"pass one id per token"
             )
@@ -83,16 +81,16 @@ def shift_targets(
         int64 [B, T] on the labels' device.
 
     Raises:
-        DataError: labels are not [B, T], an id tensor has another shape, or offset < 1.
+        ValueError: labels are not [B, T], an id tensor has another shape, or offset < 1.
 
     Source: Gloeckle et al. 2024 (arXiv:2404.19737), equation 2; boundaries are not described there.
     """
     if labels_BT.ndim != 2:
-        raise DataError(
+        raise ValueError(
             f"labels must have the shape [batch, positions]: got {tuple(labels_BT.shape)}; add a batch dimension"
         )
     if offset < 1:
-        raise DataError(f"offset counts from 1 (the next token): got {offset}; pass 1..num_future_tokens")
+        raise ValueError(f"offset counts from 1 (the next token): got {offset}; pass 1..num_future_tokens")
     batch, length = labels_BT.shape
     targets_BT = torch.full((batch, length), IGNORE_INDEX, dtype=torch.long, device=labels_BT.device)
     if offset >= length:
@@ -106,7 +104,7 @@ def shift_targets(
         allowed &= keys_BT[:, offset:] == keys_BT[:, :keep]
     if attention_mask_BT is not None:
         if attention_mask_BT.shape != labels_BT.shape:
-            raise DataError(
+            raise ValueError(
                 f"attention_mask must have the shape of the labels: got {tuple(attention_mask_BT.shape)}, labels are "
                 f"{(batch, length)}; pass a 2-D mask of the same tokens"
             )

@@ -255,7 +255,8 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             `MultiTokenOutput`.
 
         Raises:
-            DataError: labels or ids of a wrong shape or range.
+            ValueError: labels or ids of a wrong shape.
+            DataError: a label outside the vocabulary.
             ConfigError: packed documents with a cache that already holds tokens, or with an attention implementation
                 that takes no mask per token pair.
         """

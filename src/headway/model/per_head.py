@@ -44,7 +44,8 @@ def backward_per_head(
         The loss, detached.
 
     Raises:
-        DataError: labels or ids of a wrong shape or range.
+        ValueError: labels or ids of a wrong shape.
+        DataError: a label outside the vocabulary.
 
     Source: Gloeckle et al. 2024 (arXiv:2404.19737), section 2, Figure 2.
     """
