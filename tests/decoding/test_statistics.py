@@ -52,15 +52,16 @@ def test_lengths_rates_and_means_of_a_known_run(model, monkeypatch):
 def test_an_end_token_cuts_what_is_counted(model, monkeypatch):
     row = random_tokens(1, 5)
     truth = base_continuation(model, row, 13)
-    end = 3
+    end = 2
     assert truth[end] not in truth[:end]
     _scripted(monkeypatch, truth, [3] * 5)
     result = model.generate(row, max_new_tokens=13, eos_token_id=truth[end], return_dict_in_generate=True)
     statistics = result.acceptance
-    # Four drafts-and-bonus would have been right; the end token is the third of the block.
-    assert statistics.lengths == [[3]]
-    assert statistics.acceptance_rate.tolist() == [1.0, 1.0, 1.0]
-    assert statistics.mean_acceptance_length == 3.0
+    # All three drafts are right, but the end token is the second of the block: the third draft stands for no token.
+    assert statistics.lengths == [[2]]
+    assert statistics.acceptance_rate[:2].tolist() == [1.0, 1.0]
+    assert math.isnan(statistics.acceptance_rate[2])
+    assert statistics.mean_acceptance_length == 2.0
 
 
 def test_offsets_that_were_never_drafted_have_no_rate(model):
