@@ -17,7 +17,6 @@ from headway.errors import ConfigError
 from headway.training.config import TrainConfig
 from headway.training.fields import field_specs, nearest, parse_value
 
-
 _ALTERNATIVES = (
     (("size",), ("base_config",), ("hidden_size", "num_layers", "num_heads")),
     (("warmup_steps",), ("warmup_fraction",)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,11 +11,16 @@ from headway.training.config import TrainConfig
 from headway.training.fields import field_specs
 
 # Written by transformers at saving time; they say nothing about the model's shape.
-_NOT_SHAPE = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "use_cache")
+_NOT_SHAPE = ("transformers_version", "_name_or_path", "architectures", "dtype", "use_cache", "id2label", "label2id")
 
 
 def run_identity(
-    *, base_config: Any, num_future_tokens: int, tokenizer_fingerprint: str, data_fingerprint: str
+    *,
+    base_config: Any,
+    num_future_tokens: int,
+    tokenizer_fingerprint: str,
+    data_fingerprint: str,
+    held_out_fingerprint: str | None,
 ) -> dict[str, Any]:
     """A JSON-ready record of model shape, n, tokenizer and training tokens.
 
@@ -23,13 +29,16 @@ def run_identity(
         num_future_tokens: n.
         tokenizer_fingerprint: of what turns text into ids.
         data_fingerprint: of the training tokens themselves.
+        held_out_fingerprint: of the held-out tokens; None where nothing is held out.
     """
     shape = {name: value for name, value in base_config.to_dict().items() if name not in _NOT_SHAPE}
     return {
-        "model": {name: shape[name] for name in sorted(shape)},
+        # As a checkpoint will give it back: JSON knows neither tuples nor numbers as keys.
+        "model": json.loads(json.dumps(shape, sort_keys=True, default=str)),
         "num_future_tokens": num_future_tokens,
         "tokenizer": tokenizer_fingerprint,
         "data": data_fingerprint,
+        "held_out": held_out_fingerprint,
     }
 
 
@@ -89,4 +98,6 @@ def _identity_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> l
         changes.append("the tokenizer changed")
     if saved["data"] != current["data"]:
         changes.append("the training data changed (other text, another split or another tokenizer)")
+    if saved["held_out"] != current["held_out"]:
+        changes.append("the held-out data changed (evaluations would not compare)")
     return changes

@@ -131,6 +131,7 @@ def train(
             num_future_tokens=config.num_future_tokens,
             tokenizer_fingerprint=data.tokenizer_fingerprint,
             data_fingerprint=data.train.fingerprint,
+            held_out_fingerprint=None if data.held_out is None else data.held_out.fingerprint,
         )
         if start.checkpoint is not None:
             changes = check_same_run(
