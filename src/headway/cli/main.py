@@ -49,6 +49,11 @@ COMMANDS = {
     "demo": CommandEntry(
         "headway.cli.demo", "demo_command", "Train a small byte model here and now, and compare its decoding."
     ),
+    "convert": CommandEntry(
+        "headway.cli.convert",
+        "convert_command",
+        "Convert a model between headway, plain Hugging Face and other layouts.",
+    ),
 }
 
 

@@ -1,0 +1,69 @@
+"""The files that travel with a model: tokenizer, licence, model card, generation settings."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "tekken.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+PAPERS = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*", "README*", "MODEL_CARD*", "CITATION*")
+SETTINGS = ("generation_config.json",)
+
+TRAVELLING = (*TOKENIZER_FILES, *PAPERS, *SETTINGS)
+"""Patterns of file names, whatever the formats."""
+
+BELONGS_TO_THE_MODEL = (*TOKENIZER_FILES, *SETTINGS)
+"""Those that must not outlive the model that they were made for when its folder is overwritten."""
+
+
+@dataclass(frozen=True)
+class Companions:
+    """What stood beside the weights.
+
+    Attributes:
+        copied: names of files that travelled along.
+        left_behind: names that did not; folders end with a slash.
+    """
+
+    copied: tuple[str, ...]
+    left_behind: tuple[str, ...]
+
+
+def find_companions(source: Path, model_files: Iterable[str]) -> Companions:
+    """Sort what stands in a folder beside the model's own files.
+
+    Args:
+        source: the folder.
+        model_files: patterns of the model's own files.
+    """
+    patterns = tuple(model_files)
+    copied: list[str] = []
+    left_behind: list[str] = []
+    for path in sorted(source.iterdir()):
+        if path.name.startswith(".") or any(fnmatchcase(path.name, pattern.split("/")[0]) for pattern in patterns):
+            continue
+        travels = path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in TRAVELLING)
+        (copied if travels else left_behind).append(path.name if path.is_file() else f"{path.name}/")
+    return Companions(tuple(copied), tuple(left_behind))
+
+
+def copy_companions(companions: Companions, source: Path, target: Path) -> None:
+    """Copy the files that travel; a link, as the hub's cache has them, becomes the file that it points to."""
+    for name in companions.copied:
+        shutil.copyfile(source / name, target / name)

@@ -1,0 +1,211 @@
+"""`convert`: read a model in one format, write it in another, tensor by tensor.
+
+report = convert("7B_200B_4", "code-7b", source_format="facebook", target_format="headway", verify=True)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from os import PathLike
+from pathlib import Path
+
+import torch
+
+from headway.convert.companions import (
+    BELONGS_TO_THE_MODEL,
+    Companions,
+    copy_companions,
+    find_companions,
+)
+from headway.convert.formats import MODEL_FORMATS, model_format
+from headway.convert.future_tokens import with_future_tokens
+from headway.convert.lazy_model import LazyModel, ModelFormat
+from headway.convert.report import ConversionReport, Verification
+from headway.convert.tokenizer import complete_tokenizer
+from headway.convert.verification import verify as verify_folder
+from headway.errors import CheckpointError, ConfigError
+from headway.model.config import HeadInit
+from headway.model.folder import write_folder
+
+Progress = Callable[[int, int], None]
+
+
+def convert(
+    source: str | PathLike[str],
+    destination: str | PathLike[str],
+    *,
+    source_format: str,
+    target_format: str,
+    num_future_tokens: int | None = None,
+    head_init: HeadInit = "copy",
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    base: str | PathLike[str] | None = None,
+    overwrite: bool = False,
+    verify: bool = False,
+    progress: Progress | None = None,
+) -> ConversionReport:
+    """Convert a model folder; weights pass through memory one tensor at a time.
+
+    The result is written aside and moved into place when it is whole (and, with `verify`, equal to its source): an
+    interrupted or refused conversion leaves nothing. The source is only read.
+
+    Args:
+        source: local folder.
+        destination: folder to write; its other files are kept.
+        source_format: a name of `headway.convert.names.FORMATS`.
+        target_format: likewise.
+        num_future_tokens: n of the result, the next token included: fewer than the source's drops the farthest heads,
+            more adds heads that need training. Not given: n stays; required from `hf` to `headway`, where it is the
+            choice to be made.
+        head_init: how added heads start: "copy" of the base's last layer, or "fresh" as the family draws a layer.
+        seed: of fresh heads.
+        dtype: of the weights written; None keeps each tensor's own.
+        base: folder of the plain base, where the source holds heads alone.
+        overwrite: replace a model that is in the destination, whatever its format.
+        verify: load the result and compare tensors and logits of every offset with the source (`Verification`). Takes
+            the memory of a float32 model and the time of a forward.
+        progress: told the bytes written so far and in all.
+
+    Raises:
+        ConfigError: options that do not go together.
+        CheckpointError: a source that is damaged or of another format, tensors that are missing or unknown (by name), a
+            destination that holds a model, a result that differs from its source.
+        IncompatibleModelError: something that the target cannot hold exactly; names it and the nearest alternative.
+    """
+    reader, writer = model_format(source_format), model_format(target_format)
+    source, destination = Path(source), Path(destination)
+    base = None if base is None else Path(base)
+    _check_folders(source, destination, base, reader)
+    original = reader.read(source, base=base)
+    model = _with_heads(original, reader, writer, num_future_tokens, head_init=head_init, seed=seed)
+    model = model.map(lambda tensor: tensor.to(dtype))
+    companions = find_companions(source, reader.files)
+    notes: list[str] = []
+    verification: list[Verification] = []
+    files: dict[str, int] = {}
+
+    def write(folder: Path) -> None:
+        copy_companions(companions, source, folder)
+        if writer.is_hugging_face:
+            notes.extend(complete_tokenizer(folder))
+        notes.extend(writer.write(_watched(model, writer, progress), folder))
+        if verify:
+            found = verify_folder(
+                model,
+                source=source,
+                source_format=reader,
+                base=base,
+                written=folder,
+                target_format=writer,
+                dtype=dtype,
+            )
+            verification.append(found)
+        files.update(
+            {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+        )
+
+    every_file = {pattern for format_ in MODEL_FORMATS.values() for pattern in format_.files}
+    markers = [format_.marker for format_ in MODEL_FORMATS.values()]
+    write_folder(
+        destination,
+        write,
+        overwrite=overwrite,
+        replaces=[*markers, "model.safetensors", "consolidated.00.pth"],
+        removes=[*sorted(every_file), *BELONGS_TO_THE_MODEL],
+    )
+    return _report(original, model, reader, writer, files, companions, tuple(notes), verification)
+
+
+def _check_folders(source: Path, destination: Path, base: Path | None, reader: ModelFormat) -> None:
+    for folder in (source, base):
+        if folder is not None and not folder.is_dir():
+            raise CheckpointError(f"there is no model folder {folder}; check the path", path=folder)
+    if source.resolve() == destination.resolve() or (base is not None and base.resolve() == destination.resolve()):
+        raise ConfigError(f"source and destination are one folder, {destination}; write to another one")
+    if base is not None and reader.name != "headway":
+        raise ConfigError(f"--base is for heads alone in headway format: leave it out with --from {reader.name}")
+    if not (source / reader.marker).is_file():
+        found = [name for name, format_ in MODEL_FORMATS.items() if (source / format_.marker).is_file()]
+        hint = f"it looks like --from {found[0]}" if found else "it is not a model folder, or half written"
+        raise CheckpointError(
+            f"{source} is not in format {reader.name} ({reader.marker} is missing): {hint}", path=source
+        )
+
+
+def _with_heads(
+    model: LazyModel,
+    reader: ModelFormat,
+    writer: ModelFormat,
+    num_future_tokens: int | None,
+    *,
+    head_init: HeadInit,
+    seed: int,
+) -> LazyModel:
+    if num_future_tokens is not None and num_future_tokens < 1:
+        raise ConfigError(f"num_future_tokens must be >= 1 (it includes the next token): got {num_future_tokens}")
+    if not writer.holds_heads:
+        if num_future_tokens not in (None, 1):
+            raise ConfigError(
+                f"format {writer.name} holds no heads, so num_future_tokens={num_future_tokens} has no place in it; write to "
+                f"headway, or leave it out"
+            )
+        return model
+    if num_future_tokens is None:
+        if not reader.holds_heads and writer.name == "headway":
+            raise ConfigError(
+                f"a model in format {reader.name} has no heads: say how many tokens the result shall predict with "
+                f"num_future_tokens (--num-future-tokens 4 adds three heads, which need training)"
+            )
+        return model
+    return with_future_tokens(model, num_future_tokens, head_init=head_init, seed=seed)
+
+
+def _watched(model: LazyModel, writer: ModelFormat, progress: Progress | None) -> LazyModel:
+    if progress is None:
+        return model
+    total = _num_bytes(model, writer)
+    done = 0
+
+    def add(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        progress(min(done, total), total)
+
+    return model.map(lambda tensor: tensor.watched(add))
+
+
+def _num_bytes(model: LazyModel, writer: ModelFormat) -> int:
+    heads = model.heads.values() if writer.holds_heads else ()
+    return sum(tensor.num_bytes for tensor in (*model.base.values(), *heads))
+
+
+def _report(
+    original: LazyModel,
+    model: LazyModel,
+    reader: ModelFormat,
+    writer: ModelFormat,
+    files: dict[str, int],
+    companions: Companions,
+    notes: tuple[str, ...],
+    verification: list[Verification],
+) -> ConversionReport:
+    written = [*model.base.values(), *(model.heads.values() if writer.holds_heads else ())]
+    return ConversionReport(
+        source_format=reader.name,
+        target_format=writer.name,
+        model_type=str(model.config.model_type),
+        base_name=model.base_name,
+        source_num_future_tokens=original.num_future_tokens,
+        num_future_tokens=model.num_future_tokens if writer.holds_heads else 1,
+        dtype=",".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in written})),
+        num_base_tensors=len(model.base),
+        num_head_tensors=len(model.heads) if writer.holds_heads else 0,
+        num_bytes=_num_bytes(model, writer),
+        files=files,
+        companions=companions.copied,
+        left_behind=companions.left_behind,
+        left_out=model.left_out,
+        notes=model.notes + notes,
+        verification=verification[0] if verification else None,
+    )

@@ -1,0 +1,149 @@
+"""The common form between formats: a multi-token model whose tensors are read one at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from headway.model.config import MultiTokenConfig
+
+Origin = Literal["source", "copy", "fresh"]
+"""Where values come from: the source checkpoint, a copy of the base's last layer, or the family's random initialiser."""
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is read when it is needed and can be forgotten afterwards.
+
+    Attributes:
+        shape: known without reading.
+        dtype: known without reading.
+        read: gives the values on the CPU, anew at each call.
+        origin: where the values come from.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+    origin: Origin = "source"
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def to(self, dtype: torch.dtype | None) -> LazyTensor:
+        """The same values in another floating-point type; integers, and everything for None, stay as they are."""
+        if dtype is None or dtype == self.dtype or not self.dtype.is_floating_point:
+            return self
+        return replace(self, dtype=dtype, read=lambda: self.read().to(dtype))
+
+    def watched(self, done: Callable[[int], None]) -> LazyTensor:
+        """The same tensor that reports its bytes after each reading."""
+
+        def read() -> Tensor:
+            tensor = self.read()
+            done(self.num_bytes)
+            return tensor
+
+        return replace(self, read=read)
+
+
+@dataclass(frozen=True)
+class LazyModel:
+    """What every format is read to and written from.
+
+    Attributes:
+        config: Hugging Face configuration of the base as it is saved (L - n + 1 layers).
+        mtp_config: n and the kind of heads; n = 1 has no heads.
+        base: the base's state dict; a tied unembedding is left out.
+        heads: the state dict of `MultiTokenLM.heads`, such as `0.self_attn.q_proj.weight` (offset 2).
+        base_name: by which people know the base; never a path of this machine.
+        left_out: tensors of the source that the model does not need, with the reason.
+        notes: what a reader of the report should know, one sentence each.
+    """
+
+    config: Any
+    mtp_config: MultiTokenConfig
+    base: Mapping[str, LazyTensor]
+    heads: Mapping[str, LazyTensor]
+    base_name: str | None = None
+    left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def num_future_tokens(self) -> int:
+        """N, the next token included."""
+        return self.mtp_config.num_future_tokens
+
+    def map(self, change: Callable[[LazyTensor], LazyTensor]) -> LazyModel:
+        """The same model with every tensor passed through `change`."""
+        return replace(
+            self,
+            base={name: change(tensor) for name, tensor in self.base.items()},
+            heads={name: change(tensor) for name, tensor in self.heads.items()},
+        )
+
+
+class ModelFormat(Protocol):
+    """One layout of a model on disk."""
+
+    @property
+    def name(self) -> str:
+        """Its name on the command line."""
+
+    @property
+    def marker(self) -> str:
+        """The file, relative to the folder, by which a person recognises the format."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Patterns, relative to the folder, of the files that hold the model (not the tokenizer, not the licence)."""
+
+    @property
+    def holds_heads(self) -> bool:
+        """Whether offsets beyond the next token have a place in it."""
+
+    @property
+    def is_hugging_face(self) -> bool:
+        """Whether transformers loads the folder, and its tokenizer with it."""
+
+    def read(self, folder: Path, *, base: Path | None = None) -> LazyModel:
+        """Open a folder without reading its weights; every tensor of it is accounted for.
+
+        Args:
+            folder: local folder.
+            base: folder of the plain base, for formats that may hold heads alone.
+
+        Raises:
+            CheckpointError: not a folder of this format, or damaged, or with tensors missing or unknown (all named).
+            IncompatibleModelError: a model that headway has no place for.
+        """
+
+    def write(self, model: LazyModel, folder: Path) -> tuple[str, ...]:
+        """Fill an empty folder, one tensor in memory at a time; the file that makes it a model comes last.
+
+        Returns:
+            Notes for the report.
+
+        Raises:
+            IncompatibleModelError: something that the format cannot hold exactly; names the nearest alternative.
+        """
+
+    def logits(
+        self, folder: Path, tokens_BT: Tensor, *, base: Path | None = None, rounded_to: torch.dtype | None = None
+    ) -> Tensor:
+        """Logits [B, T, N, V] of the model in the folder, in float32, by the format's own reading of its weights.
+
+        Args:
+            folder: local folder.
+            tokens_BT: token ids.
+            base: as for `read`.
+            rounded_to: round the weights to this type first.
+        """

@@ -1,0 +1,10 @@
+"""The formats that `headway convert` knows, by name; imports nothing, so that help stays fast."""
+
+from __future__ import annotations
+
+FORMATS: dict[str, str] = {
+    "headway": "a plain checkpoint of the base with the heads under mtp/",
+    "hf": "a plain Hugging Face checkpoint without heads, as every engine and every GGUF converter reads it",
+    "facebook": "params.json and consolidated.*.pth as in facebook/multi-token-prediction",
+}
+"""Name -> what a folder of this format is; `headway.convert.formats` holds the code of each."""

@@ -1,0 +1,172 @@
+"""Format `hf`: a plain Hugging Face checkpoint, without a trace of heads."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from headway.convert.architecture import Architecture, architecture, match_base
+from headway.convert.lazy_model import LazyModel, LazyTensor
+from headway.convert.safetensors_files import INDEX_FILE, SINGLE_FILE, open_checkpoint, write_checkpoint, writing_order
+from headway.errors import CheckpointError
+from headway.model.checkpoint import has_heads
+from headway.model.config import MultiTokenConfig
+
+PLAIN = MultiTokenConfig(num_future_tokens=1)
+CONFIG_FILE = "config.json"
+PLAIN_FILES = (CONFIG_FILE, SINGLE_FILE, "model-*-of-*.safetensors", INDEX_FILE)
+
+
+class PlainFolder:
+    """See the module."""
+
+    name = "hf"
+    marker = CONFIG_FILE
+    files = PLAIN_FILES
+    holds_heads = False
+    is_hugging_face = True
+
+    def read(self, folder: Path, *, base: Path | None = None) -> LazyModel:
+        """See `ModelFormat.read`; a folder with heads is refused, since they would be lost silently."""
+        if has_heads(folder):
+            raise CheckpointError(
+                f"{folder} holds heads (mtp/), which the format hf would leave behind; read it as --from headway",
+                path=folder,
+            )
+        return read_plain(folder)
+
+    def write(self, model: LazyModel, folder: Path) -> tuple[str, ...]:
+        """See `ModelFormat.write`; heads are left behind."""
+        write_base(model, folder, always_index=False)
+        write_config(model, folder)
+        return (f"the {model.num_future_tokens - 1} heads were left behind",) if model.heads else ()
+
+    def logits(
+        self, folder: Path, tokens_BT: Tensor, *, base: Path | None = None, rounded_to: torch.dtype | None = None
+    ) -> Tensor:
+        """See `ModelFormat.logits`; N is 1."""
+        causal_lm = load_plain(folder)
+        round_weights(causal_lm, rounded_to)
+        with torch.no_grad():
+            logits_BTV: Tensor = causal_lm(tokens_BT, use_cache=False).logits
+        return logits_BTV[:, :, None]
+
+
+def read_plain(folder: Path) -> LazyModel:
+    """The plain checkpoint in a folder, or at the top of a headway folder, as a model with n = 1.
+
+    Raises:
+        CheckpointError, IncompatibleModelError: see `ModelFormat.read`.
+    """
+    config = read_config(folder)
+    needed = architecture(config, PLAIN)
+    base, left_out = match_base(open_checkpoint(folder), needed, str(folder))
+    return LazyModel(
+        config=config, mtp_config=PLAIN, base=base, heads={}, base_name=_base_name(folder), left_out=left_out
+    )
+
+
+def _base_name(folder: Path) -> str:
+    """The hub name that older configurations carry, else the folder's last name."""
+    original = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("_name_or_path")
+    is_hub_name = isinstance(original, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", original) is not None
+    return str(original) if is_hub_name else folder.resolve().name
+
+
+def read_config(folder: Path) -> Any:
+    """The Hugging Face configuration in a folder.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no {CONFIG_FILE}: it is not a model folder or half written", path=path)
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # transformers lets whatever a damaged file causes escape
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise CheckpointError(f"{path} cannot be read: {reason}; restore it", path=path) from error
+
+
+def write_base(
+    model: LazyModel, folder: Path, *, always_index: bool, written: Callable[[str, Tensor], None] | None = None
+) -> None:
+    """Write the base's weights as transformers would, under the names that it uses on disk.
+
+    Args:
+        model: the model; its heads are not written here.
+        folder: where.
+        always_index: write the index for a single file too.
+        written: told each tensor's name in the base's state dict and its values, once it is on disk.
+    """
+    own_names = _own_names(model)
+
+    def told(name: str, values: Tensor) -> None:
+        if written is not None:
+            written(own_names[name], values)
+
+    on_disk = {name: model.base[own] for name, own in own_names.items()}
+    write_checkpoint(folder, on_disk, always_index=always_index, written=told)
+
+
+def base_writing_order(model: LazyModel) -> list[str]:
+    """Names in the base's state dict in the order in which `write_base` writes them."""
+    own_names = _own_names(model)
+    return [own_names[name] for name in writing_order({name: model.base[own] for name, own in own_names.items()})]
+
+
+def _own_names(model: LazyModel) -> dict[str, str]:
+    needed = architecture(model.config, PLAIN)
+    return {needed.on_disk(name): name for name in model.base}
+
+
+def write_config(model: LazyModel, folder: Path) -> None:
+    """Write config.json: the base's own, with the dtype of the weights."""
+    config = copy.deepcopy(model.config)
+    needed: Architecture = architecture(config, PLAIN)
+    config.architectures = [needed.class_name]
+    config.dtype = common_dtype(model.base)
+    config.save_pretrained(folder)
+
+
+def common_dtype(tensors: Mapping[str, LazyTensor]) -> torch.dtype:
+    """The floating-point type of most bytes."""
+    counts: dict[torch.dtype, int] = {}
+    for tensor in tensors.values():
+        if tensor.dtype.is_floating_point:
+            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.num_bytes
+    return max(counts, key=lambda dtype: counts[dtype])
+
+
+def load_plain(folder: Path) -> Any:
+    """The causal LM in a folder, in float32 and in eval mode, with every weight from the folder.
+
+    Raises:
+        CheckpointError: weights that the folder does not hold.
+    """
+    causal_lm, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    lost = sorted(map(str, [*report.get("missing_keys", ()), *report.get("mismatched_keys", ())]))
+    if lost:
+        raise CheckpointError(
+            f"the weights in {folder} do not fill the model: transformers would draw {len(lost)} tensors at random (first: "
+            f"{lost[0]}); restore its files",
+            path=folder,
+        )
+    return causal_lm.eval()
+
+
+def round_weights(module: torch.nn.Module, dtype: torch.dtype | None) -> None:
+    """Round the parameters to `dtype` in place, keeping their own type; buffers (rotary frequencies) stay exact."""
+    if dtype is not None:
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.copy_(parameter.to(dtype).to(parameter.dtype))

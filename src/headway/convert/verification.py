@@ -1,0 +1,133 @@
+"""Loading a written folder again and holding it to its source, before it is kept.
+
+Legend: B batch, T positions, N future tokens, V vocabulary.
+
+Two independent looks: every tensor is read back and compared bit for bit with what was to be written, and the logits of
+every offset are computed from both folders, each by its own format's reading of its weights, in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from headway.convert.architecture import architecture
+from headway.convert.future_tokens import last_layer
+from headway.convert.lazy_model import LazyModel, LazyTensor, ModelFormat
+from headway.convert.plain_folder import PLAIN
+from headway.convert.report import Verification
+from headway.errors import CheckpointError
+
+BATCH, POSITIONS = 2, 24
+RELATIVE_LIMIT = 1e-4
+"""Of the largest logit: float32 rounding of two forwards of one model stays below, a wrong row does not."""
+
+_SEED = 0
+
+
+def verify(
+    model: LazyModel,
+    *,
+    source: Path,
+    source_format: ModelFormat,
+    base: Path | None,
+    written: Path,
+    target_format: ModelFormat,
+    dtype: torch.dtype | None,
+) -> Verification:
+    """Compare a written folder with its source.
+
+    Args:
+        model: what was to be written.
+        source: folder that it came from.
+        source_format: how to read it.
+        base: folder of the base where the source holds heads alone.
+        written: the folder to check.
+        target_format: how to read that.
+        dtype: to which the weights were rounded, if any: the source's are rounded alike before logits are compared.
+
+    Raises:
+        CheckpointError: tensors or logits that differ; names them.
+    """
+    compared = _compare_tensors(model, target_format.read(written), holds_heads=target_format.holds_heads)
+    generator = torch.Generator().manual_seed(_SEED)
+    positions = min(POSITIONS, int(model.config.max_position_embeddings))
+    tokens_BT = torch.randint(0, int(model.config.vocab_size), (BATCH, positions), generator=generator)
+    source_BTNV = source_format.logits(source, tokens_BT, base=base, rounded_to=dtype)
+    written_BTNV = target_format.logits(written, tokens_BT)
+    scale = float(source_BTNV.abs().max())
+    limit = RELATIVE_LIMIT * max(1.0, scale)
+    differences = _differences(model, source_BTNV, written_BTNV)
+    for offset, difference in enumerate(differences, start=1):
+        if difference is not None and not difference <= limit:
+            raise CheckpointError(
+                f"the converted model differs from its source: logits of offset {offset} by {difference:.3g} (limit "
+                f"{limit:.3g}); nothing was kept: this is a mistake of the conversion, please report it"
+            )
+    kept = model.heads if target_format.holds_heads else {}
+    return Verification(
+        max_abs_difference=differences,
+        max_abs_logit=scale,
+        limit=limit,
+        num_tokens=tokens_BT.numel(),
+        tensors_compared=compared,
+        missing=(),
+        random=tuple(sorted(name for name, tensor in kept.items() if tensor.origin == "fresh")),
+        unchanged=_equal_to_last_layer(model, kept),
+    )
+
+
+def _compare_tensors(model: LazyModel, again: LazyModel, *, holds_heads: bool) -> int:
+    pairs: list[tuple[str, LazyTensor, LazyTensor | None]] = [
+        (name, tensor, again.base.get(name)) for name, tensor in model.base.items()
+    ]
+    if holds_heads:
+        pairs += [(f"heads.{name}", tensor, again.heads.get(name)) for name, tensor in model.heads.items()]
+    missing = [name for name, _, found in pairs if found is None]
+    changed = [name for name, wanted, found in pairs if found is not None and not _same_values(wanted, found)]
+    if missing or changed:
+        raise CheckpointError(
+            f"the written folder does not hold what was to be written: {len(missing)} tensors missing, {len(changed)} "
+            f"changed (first: {(missing + changed)[0]}); nothing was kept: check the disk and convert again"
+        )
+    return len(pairs)
+
+
+def _same_values(one: LazyTensor, other: LazyTensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    a, b = one.read().contiguous().reshape(-1), other.read().contiguous().reshape(-1)
+    # As bytes: NaN equals itself, and -0.0 is not 0.0.
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8)) if a.numel() else True
+
+
+def _differences(model: LazyModel, source_BTNV: Tensor, written_BTNV: Tensor) -> tuple[float | None, ...]:
+    differences: list[float | None] = []
+    for index in range(written_BTNV.shape[2]):
+        if index < source_BTNV.shape[2]:
+            expected_BTV = source_BTNV[:, :, index]
+        elif _origin(model, index - 1) == "copy":
+            # A copy of the last layer reads what the last layer reads: it must say what offset 1 says.
+            expected_BTV = source_BTNV[:, :, 0]
+        else:
+            differences.append(None)
+            continue
+        differences.append(float((expected_BTV - written_BTNV[:, :, index]).abs().max()))
+    return tuple(differences)
+
+
+def _origin(model: LazyModel, head: int) -> str:
+    return next(tensor.origin for name, tensor in model.heads.items() if name.startswith(f"{head}."))
+
+
+def _equal_to_last_layer(model: LazyModel, heads: Mapping[str, LazyTensor]) -> tuple[str, ...]:
+    layer = last_layer(model.base, architecture(model.config, PLAIN))
+    equal = []
+    for name, tensor in sorted(heads.items()):
+        twin = layer.get(name.partition(".")[2])
+        if twin is not None and _same_values(tensor, twin):
+            equal.append(name)
+    return tuple(equal)
