@@ -3,7 +3,6 @@ import json
 import pytest
 import torch
 
-import headway.decoding.engine  # noqa: F401  (registers the engine that `generate` uses)
 from headway.errors import ConfigError
 from headway.evaluation.speed import measure_speed, time_interleaved
 

@@ -2,7 +2,6 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-import headway.decoding.engine  # noqa: F401  (registers the engine that `generate` uses)
 from headway.experiments.demo.generation import DemoPrompt, compare_prompt, generated_acceptance, record_generation
 from headway.model.config import MultiTokenConfig
 from headway.model.multi_token_lm import MultiTokenLM

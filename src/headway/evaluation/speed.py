@@ -19,6 +19,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+# Registers the engine that `MultiTokenLM.generate` delegates to.
+import headway.decoding.engine  # noqa: F401
 from headway.errors import ConfigError
 from headway.evaluation.json_ready import json_ready
 from headway.evaluation.offset_logits import evaluation_mode

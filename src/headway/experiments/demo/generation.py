@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+# Registers the engine that `MultiTokenLM.generate` delegates to.
+import headway.decoding.engine  # noqa: F401
 from headway.evaluation.acceptance import WalkAcceptance, summarize_blocks
 from headway.evaluation.offset_logits import evaluation_mode
 from headway.evaluation.repetition import distinct_ngrams

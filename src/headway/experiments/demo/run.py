@@ -12,8 +12,6 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-# Registers the engine that `MultiTokenLM.generate` delegates to.
-import headway.decoding.engine  # noqa: F401
 from headway.data.loader import held_out_windows
 from headway.data.token_cache import TokenCache
 from headway.evaluation.acceptance import walk_acceptance
