@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from small_runs import assert_same_run, lines, write_corpus
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from headway.data.sources import iter_files
@@ -13,6 +12,7 @@ from headway.errors import CheckpointError, TrainingError
 from headway.training.events import CheckpointWritten, Notice, StepDone
 from headway.training.loop import train
 from headway.training.run_directory import claimed
+from small_runs import assert_same_run, lines, write_corpus
 
 
 class Killed(BaseException):
