@@ -210,6 +210,25 @@ def test_a_folder_of_somebody_else_is_refused_and_overwrite_keeps_its_files(make
     assert (tmp_path / "run" / "thesis.tex").read_text() == "dear"
 
 
+@pytest.mark.parametrize("name", ["model", "checkpoints", "config.yaml", "tensorboard"])
+def test_files_of_somebody_else_under_our_names_are_never_replaced(make_config, tmp_path, name):
+    theirs = tmp_path / "run" / name
+    theirs.mkdir(parents=True)
+    for overwrite in (False, True):
+        with pytest.raises(TrainingError, match=r"not a run of headway.*choose another"):
+            train(make_config(overwrite=overwrite))
+    assert theirs.is_dir()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
+
+
+def test_garbage_after_the_last_checkpoint_of_the_metrics_is_dropped(make_config, tmp_path):
+    train_killed(make_config(), 3)
+    with (tmp_path / "run" / "metrics.jsonl").open("ab") as file:
+        file.write(b"\0\0\xff\n[1, 2]\n")
+    train(make_config())
+    assert [line["step"] for line in lines(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 7))
+
+
 def test_an_output_that_is_a_file_is_refused(make_config, tmp_path):
     (tmp_path / "run").write_text("a file")
     with pytest.raises(TrainingError, match="is a file"):

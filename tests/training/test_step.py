@@ -1,13 +1,13 @@
 import pytest
 import torch
-from small_runs import tiny_model
 
 from headway.data.loader import Batch
 from headway.functional.targets import IGNORE_INDEX, shift_targets
 from headway.model.config import MultiTokenConfig
 from headway.training.config import TrainConfig
 from headway.training.optimizers import TrainingOptimizer
-from headway.training.step import optimizer_step, step_targets
+from headway.training.step import optimizer_step, target_counts
+from small_runs import tiny_model
 
 ROWS, LENGTH = 8, 12
 
@@ -73,10 +73,10 @@ def test_the_loss_is_the_mean_over_each_offset_s_targets_of_the_whole_step(batch
     assert outcome.loss == pytest.approx(sum(wanted), rel=1e-9)
 
 
-def test_targets_of_a_step_are_those_of_its_rows_together(batch):
-    assert torch.equal(
-        step_targets(list(batch.split(3)), num_future_tokens=2), step_targets([batch], num_future_tokens=2)
-    )
+def test_targets_of_micro_batches_add_up_to_those_of_their_rows_together(batch):
+    cut = target_counts(list(batch.split(3)), num_future_tokens=2)
+    assert cut.shape == (3, 2)
+    assert torch.equal(cut.sum(dim=0), target_counts([batch], num_future_tokens=2)[0])
 
 
 def test_a_step_without_any_target_has_loss_zero_and_is_applied(batch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def _documents(config: TrainConfig, notice: Callable[[str], None]) -> Iterator[D
         for document in standard_library(report=report):
             if paths:
                 prefix = f"{STANDARD_LIBRARY}:"
-                document = replace(document, name=prefix + document.name, group=prefix + document.group)
+                document = Document(prefix + document.name, prefix + document.group, document.data)
             yield document
         notice(f"{STANDARD_LIBRARY}: {report.describe()}")
     if paths:

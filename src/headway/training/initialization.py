@@ -10,7 +10,8 @@ from transformers.pytorch_utils import Conv1D
 
 from headway.model.multi_token_lm import MultiTokenLM
 
-# Standard deviations found on byte models of 2 to 5 million parameters trained for minutes (docs/LOG.md).
+# Found on byte models of 2 to 5 million parameters trained for minutes. Against llama's own 0.02 for every matrix: 1.36
+# to 1.38 held-out nats of offset 1 after 1.4 million tokens (one seed, together with a bfloat16 residual stream).
 _EMBEDDING_STD = 0.1
 _UNEMBEDDING_STD = 0.02
 _MATRIX_GAIN = 0.6

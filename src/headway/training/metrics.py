@@ -55,11 +55,14 @@ class MetricsWriter:
 
     def flush(self) -> None:
         """Reach the disk; the loop calls this before a checkpoint says that these steps are done."""
-        for file in (self._steps, self._evaluations):
-            file.flush()
-            os.fsync(file.fileno())
-        if self._board is not None:
-            self._board.flush()
+        try:
+            for file in (self._steps, self._evaluations):
+                file.flush()
+                os.fsync(file.fileno())
+            if self._board is not None:
+                self._board.flush()
+        except OSError as error:
+            raise self._refused(error) from error
 
     def close(self) -> None:
         """Flush and close all files."""
@@ -74,10 +77,12 @@ class MetricsWriter:
             file.write(json.dumps(record, allow_nan=False) + "\n")
             file.flush()
         except OSError as error:
-            raise TrainingError(
-                f"cannot write metrics to {self._folder}: {error.strerror}; free space, then start the same command "
-                f"again"
-            ) from error
+            raise self._refused(error) from error
+
+    def _refused(self, error: OSError) -> TrainingError:
+        return TrainingError(
+            f"cannot write metrics to {self._folder}: {error.strerror}; free space, then start the same command again"
+        )
 
     def _scalars(self, step: int, values: Mapping[str, float]) -> None:
         if self._board is not None:
@@ -86,13 +91,20 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a JSONL file, in order; half a line at the end is left out."""
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            records.append(json.loads(line))
+    """The records of a JSONL file up to the first line that is not whole.
+
+    Such a line can only be the work of a kill or a power cut after the last checkpoint, which flushes what precedes it.
+    """
+    records: list[dict[str, Any]] = []
+    if path.exists():
+        for line in path.read_bytes().splitlines(keepends=True):
+            try:
+                record = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                record = None
+            if not isinstance(record, dict):
+                break
+            records.append(record)
     return records
 
 

@@ -181,9 +181,8 @@ class TrainingRun:
         if state.skipped_in_a_row >= config.max_nonfinite_steps:
             raise TrainingError(
                 f"the {what} was not finite for {state.skipped_in_a_row} steps in a row (max_nonfinite_steps="
-                f"{config.max_nonfinite_steps}), the last one step {state.step}; lower learning_rate, lower "
-                f"gradient_clip or use precision float32, then start the same command again to go on from the last "
-                f"checkpoint"
+                f"{config.max_nonfinite_steps}), the last one step {state.step}; lower learning_rate or use "
+                f"precision float32, then start the command again to go on from the last checkpoint"
             )
 
     def _evaluation_is_due(self) -> bool:

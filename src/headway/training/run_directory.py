@@ -9,6 +9,7 @@ result.json           final figures; its presence means that the run is finished
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from headway.errors import CheckpointError, TrainingError
+from headway.provenance import provenance
 from headway.training.checkpoint import (
     Checkpoint,
     checkpoint_paths,
@@ -30,10 +32,13 @@ try:
 except ImportError:  # Windows: there a folder is not guarded against a second process
     fcntl = None  # type: ignore[assignment]
 
-CONFIG, METRICS, EVALUATIONS, TENSORBOARD = "config.yaml", "metrics.jsonl", "evaluations.jsonl", "tensorboard"
+MARKER, CONFIG = "headway-run.json", "config.yaml"
+METRICS, EVALUATIONS, TENSORBOARD = "metrics.jsonl", "evaluations.jsonl", "tensorboard"
 CHECKPOINTS, MODEL, RESULT, TOKENS, LOCK = "checkpoints", "model", "result.json", "tokens", ".lock"
 
-_OF_ONE_RUN = (CONFIG, METRICS, EVALUATIONS, TENSORBOARD, CHECKPOINTS, MODEL, RESULT)
+_FORMAT = "headway-run"
+# In the order in which they are cleared: a folder half cleared still looks like a run, and not like a finished one.
+_OF_ONE_RUN = (RESULT, MODEL, CHECKPOINTS, METRICS, EVALUATIONS, TENSORBOARD, CONFIG)
 
 
 @dataclass(frozen=True)
@@ -59,12 +64,9 @@ def claimed(config: TrainConfig) -> Iterator[Path]:
     folder = Path(config.output)
     if folder.exists() and not folder.is_dir():
         raise TrainingError(f"the output {folder} is a file, a folder is needed; choose another --output")
-    foreign = sorted(entry.name for entry in folder.iterdir() if not _is_own(entry.name)) if folder.is_dir() else []
-    if foreign and not (folder / CONFIG).exists() and not config.overwrite:
-        raise TrainingError(
-            f"the output folder {folder} holds something that is not a run of headway ({foreign[0]}); choose another "
-            f"--output, or pass --overwrite to train in it (its other files are kept)"
-        )
+    is_run = _is_run(folder)
+    if folder.is_dir() and not is_run:
+        _check_foreign(folder, overwrite=config.overwrite)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK).open("w", encoding="utf-8")
@@ -81,6 +83,8 @@ def claimed(config: TrainConfig) -> Iterator[Path]:
                 raise TrainingError(
                     f"another process is training in {folder}; wait for it, stop it, or choose another --output"
                 ) from error
+        if not is_run:
+            write_text(folder / MARKER, json.dumps({"format": _FORMAT, "provenance": provenance()}, indent=2) + "\n")
         yield folder
 
 
@@ -117,27 +121,44 @@ def begin(folder: Path, config: TrainConfig) -> RunStart:
 
 
 def _from_named_checkpoint(folder: Path, path: Path) -> RunStart:
-    later = [
-        other
-        for other in checkpoint_paths(folder / CHECKPOINTS)
-        if not path.is_dir() or path.resolve().parent != (folder / CHECKPOINTS).resolve() or other.name > path.name
-    ]
     checkpoint = read_checkpoint(path)
+    own = path.resolve().parent == (folder / CHECKPOINTS).resolve()
+    later = [other for other in checkpoint_paths(folder / CHECKPOINTS) if not own or other.name > path.name]
     if later:
         raise TrainingError(
             f"{folder} holds checkpoints that the run resumed from {path} would write again (such as {later[0].name}); "
             f"choose another --output"
         )
+    if not own:
+        _clear(folder)
     return RunStart(checkpoint, (f"resuming from {path} ({checkpoint.state.step} steps done)",))
 
 
-def _is_own(name: str) -> bool:
-    return name in (*_OF_ONE_RUN, TOKENS, LOCK) or name.startswith(f".{MODEL}.saving-")
+def _is_run(folder: Path) -> bool:
+    try:
+        return bool(json.loads((folder / MARKER).read_text(encoding="utf-8"))["format"] == _FORMAT)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _check_foreign(folder: Path, *, overwrite: bool) -> None:
+    """Refuse to train among files of somebody else, and even when asked to, to put ours in the place of theirs."""
+    there = sorted(entry.name for entry in folder.iterdir() if entry.name not in (LOCK, f".{MARKER}.writing"))
+    if there and not overwrite:
+        raise TrainingError(
+            f"the output folder {folder} holds something that is not a run of headway ({there[0]}); choose another "
+            f"--output, or pass --overwrite to train in it (its other files are kept)"
+        )
+    taken = [name for name in there if name in (*_OF_ONE_RUN, TOKENS)]
+    if taken:
+        raise TrainingError(
+            f"the output folder {folder} is not a run of headway, but holds {taken[0]}, which a run would replace; "
+            f"choose another --output"
+        )
 
 
 def _clear(folder: Path) -> None:
     try:
-        # The model goes last and the configuration with it: until then the folder is recognisably a run.
         for name in _OF_ONE_RUN:
             entry = folder / name
             if entry.is_dir() and not entry.is_symlink():

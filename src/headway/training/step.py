@@ -1,6 +1,6 @@
 """One optimizer step: the only place where gradients are made.
 
-Legend: B rows of a micro-batch, T positions, N future tokens.
+Legend: M micro-batches, B rows of a micro-batch, T positions, N future tokens.
 """
 
 from __future__ import annotations
@@ -62,10 +62,11 @@ def optimizer_step(
     Returns:
         None where `should_stop` said so: nothing was updated and no gradient is left.
     """
-    counts_N = step_targets(micro_batches, num_future_tokens=model.num_future_tokens)
+    counts_MN = target_counts(micro_batches, num_future_tokens=model.num_future_tokens)
+    counts_N = counts_MN.sum(dim=0)
     loss = torch.zeros((), device=counts_N.device, dtype=torch.float64)
     sums_N = torch.zeros(counts_N.shape, device=counts_N.device, dtype=torch.float64)
-    for batch in micro_batches:
+    for batch, own_N in zip(micro_batches, counts_MN, strict=True):
         if should_stop():
             optimizer.zero_grad()
             return None
@@ -73,7 +74,6 @@ def optimizer_step(
             output = model(**batch.model_inputs(), num_valid_targets=counts_N)
         output.loss.backward()
         loss += output.loss.detach()
-        own_N = step_targets([batch], num_future_tokens=model.num_future_tokens)
         sums_N += output.loss_per_offset.double() * own_N
     outcome = _update(optimizer, loss=float(loss), gradient_clip=gradient_clip)
     if outcome.loss is None:
@@ -82,18 +82,19 @@ def optimizer_step(
     return StepOutcome(outcome.loss, per_offset, outcome.gradient_norm, outcome.applied)
 
 
-def step_targets(batches: Sequence[Batch], *, num_future_tokens: int) -> Tensor:
-    """Valid targets of each offset in all batches together, int64 [N]."""
-    counts = [
-        count_valid_targets(
-            batch.labels_BT,
-            num_future_tokens=num_future_tokens,
-            position_ids_BT=batch.position_ids_BT,
-            document_ids_BT=batch.document_ids_BT,
-        )
-        for batch in batches
-    ]
-    return torch.stack(counts).sum(dim=0)
+def target_counts(batches: Sequence[Batch], *, num_future_tokens: int) -> Tensor:
+    """Valid targets of each offset in each batch, int64 [M, N]; their sum over batches divides the step's loss."""
+    return torch.stack(
+        [
+            count_valid_targets(
+                batch.labels_BT,
+                num_future_tokens=num_future_tokens,
+                position_ids_BT=batch.position_ids_BT,
+                document_ids_BT=batch.document_ids_BT,
+            )
+            for batch in batches
+        ]
+    )
 
 
 def _update(optimizer: TrainingOptimizer, *, loss: float, gradient_clip: float | None) -> StepOutcome:
