@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -28,6 +28,9 @@ _NAMES_ON_DISK: dict[str, dict[str, str]] = {"gpt_neox": {"lm_head.weight": "emb
 _COMPUTED = re.compile(r"rotary_emb\.inv_freq$|attention\.(?:bias|masked_bias)$|attn\.(?:bias|masked_bias)$")
 
 _MOST_NAMES = 16
+
+# What a configuration says beside the architecture of its heads.
+_NOT_ARCHITECTURE = ("num_future_tokens", "offset_weights", "head_init", "loss_chunk_tokens")
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,19 @@ class Architecture:
         if name not in self.base and name not in self.tied and f"{self.decoder}.{name}" in self.base:
             return f"{self.decoder}.{name}"
         return name
+
+
+def unlike_the_paper(mtp_config: MultiTokenConfig) -> list[str]:
+    """What makes heads other than those of the paper's section 2: one decoder layer per offset, all on the trunk.
+
+    >>> unlike_the_paper(MultiTokenConfig(num_future_tokens=4))
+    []
+    """
+    return [
+        f"{field.name}={getattr(mtp_config, field.name)!r}"
+        for field in fields(mtp_config)
+        if field.name not in _NOT_ARCHITECTURE and getattr(mtp_config, field.name) != field.default
+    ]
 
 
 def empty_model(config: Any, mtp_config: MultiTokenConfig) -> MultiTokenLM:

@@ -13,11 +13,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from headway.convert.architecture import Architecture, architecture, empty_model
+from headway.convert.architecture import Architecture, architecture, empty_model, unlike_the_paper
 from headway.convert.lazy_model import LazyModel, LazyTensor
 from headway.convert.plain_folder import PLAIN
 from headway.errors import ConfigError
-from headway.heads.transformer import transformer_heads
 from headway.model.config import HeadInit
 
 
@@ -36,9 +35,11 @@ def with_future_tokens(model: LazyModel, num_future_tokens: int, *, head_init: H
     old, new = model.num_future_tokens, num_future_tokens
     if new == old:
         return model
-    kind = f"{model.mtp_config.heads} heads, wiring {model.mtp_config.wiring}"
-    if kind != "transformer heads, wiring parallel":
-        raise ConfigError(f"num_future_tokens can be changed for parallel transformer heads alone: got {kind}")
+    other = unlike_the_paper(model.mtp_config)
+    if other:
+        raise ConfigError(
+            f"num_future_tokens can be changed for parallel transformer heads alone: got {', '.join(other)}; leave it out"
+        )
     heads = {name: tensor for name, tensor in model.heads.items() if int(name.partition(".")[0]) < new - 1}
     mtp_config = replace(model.mtp_config, num_future_tokens=new, offset_weights=_weights(model, new))
     if new < old:
@@ -92,10 +93,15 @@ def _added(model: LazyModel, indices: range, *, head_init: HeadInit, seed: int) 
 
 def _fresh_head(model: LazyModel, layer: Mapping[str, LazyTensor], *, seed: int) -> dict[str, Tensor]:
     empty = empty_model(model.config, PLAIN)
-    own = empty.family.last_layer.to_empty(device="cpu")
+    drawn = empty.family.last_layer.to_empty(device="cpu")
+    # What the family's initialiser leaves alone stays as in the last layer, as it does in attach_heads.
+    drawn.load_state_dict({name: tensor.read() for name, tensor in layer.items()})
+    for parameter in drawn.parameters():
+        # Set by transformers on tensors that it has initialised; its initialiser skips tensors that have it.
+        if hasattr(parameter, "_is_hf_initialized"):
+            del parameter._is_hf_initialized
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        # What the family's initialiser leaves alone stays as in the last layer, as it does in attach_heads.
-        own.load_state_dict({name: tensor.read() for name, tensor in layer.items()})
-        head = transformer_heads(own, num_heads=1, first_layer_idx=0, initialize=empty.base._init_weights)[0]
-    return {name: values.to(layer[name].dtype) for name, values in head.state_dict().items()}
+        for module in drawn.modules():
+            empty.base._init_weights(module)
+    return {name: values.to(layer[name].dtype) for name, values in drawn.state_dict().items()}

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from headway.convert.architecture import Architecture, architecture, match_base
 from headway.convert.lazy_model import LazyModel, LazyTensor
 from headway.convert.safetensors_files import INDEX_FILE, SINGLE_FILE, open_checkpoint, write_checkpoint, writing_order
-from headway.errors import CheckpointError
+from headway.errors import CheckpointError, IncompatibleModelError
 from headway.model.checkpoint import has_heads
 from headway.model.config import MultiTokenConfig
 
@@ -44,7 +44,13 @@ class PlainFolder:
         return read_plain(folder)
 
     def write(self, model: LazyModel, folder: Path) -> tuple[str, ...]:
-        """See `ModelFormat.write`; heads are left behind."""
+        """See `ModelFormat.write`; heads are left behind, unless the next token needs them."""
+        wiring: str = model.mtp_config.wiring
+        if wiring == "anticausal":
+            raise IncompatibleModelError(
+                f"the next token of a model with wiring={wiring!r} runs through all its heads: its base alone is another "
+                f"model; write it as --to headway"
+            )
         write_base(model, folder, always_index=False)
         write_config(model, folder)
         return (f"the {model.num_future_tokens - 1} heads were left behind",) if model.heads else ()

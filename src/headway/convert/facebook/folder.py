@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headway.convert.architecture import architecture, check_complete
+from headway.convert.architecture import architecture, check_complete, unlike_the_paper
 from headway.convert.facebook.forward import meta_logits
 from headway.convert.facebook.params import PARAMS_FILE, FacebookParams, from_config, read_params, to_config
 from headway.convert.facebook.shards import PATTERN, open_shards
@@ -65,7 +65,9 @@ class FacebookFolder:
         shapes = {meta: needed.base[name] for name, meta in base_names.items()}
         shapes |= {meta: needed.heads[name] for name, meta in head_names.items()}
         unknown = sorted(found.keys() - shapes.keys() - {_FREQUENCIES})
-        check_complete(found, shapes, str(folder), unknown=unknown)
+        ranks = len(list(folder.glob(PATTERN)))
+        where = str(folder) if ranks == 1 else f"{folder} (put together from {ranks} ranks: are there more?)"
+        check_complete(found, shapes, where, unknown=unknown)
         return LazyModel(
             config=config,
             mtp_config=said.mtp_config,
@@ -78,10 +80,11 @@ class FacebookFolder:
 
     def write(self, model: LazyModel, folder: Path) -> tuple[str, ...]:
         """See `ModelFormat.write`."""
-        kind = f"{model.mtp_config.heads} heads, wiring {model.mtp_config.wiring}"
-        if kind != "transformer heads, wiring parallel":
+        other = unlike_the_paper(model.mtp_config)
+        if other:
             raise IncompatibleModelError(
-                f"facebook layout holds parallel transformer heads alone: got {kind}; write it as --to headway"
+                f"facebook layout holds one decoder layer per offset, all on the trunk: got {', '.join(other)}; write it as "
+                f"--to headway"
             )
         params = from_config(model.config, num_future_tokens=model.num_future_tokens)
         notes = [

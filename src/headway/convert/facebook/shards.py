@@ -61,7 +61,7 @@ def open_shards(folder: Path, params: FacebookParams) -> dict[str, LazyTensor]:
 
 
 def _join(name: str, slices: Sequence[LazyTensor], params: FacebookParams, folder: Path) -> LazyTensor:
-    axis = _axis(name, slices[0], len(slices), params)
+    axis = _axis(name, slices[0], params)
     if axis is None:
         return _repeated(name, slices, folder) if len(slices[0].shape) == 1 else slices[0]
     shape = list(slices[0].shape)
@@ -74,7 +74,7 @@ def _join(name: str, slices: Sequence[LazyTensor], params: FacebookParams, folde
     )
 
 
-def _axis(name: str, part: LazyTensor, ranks: int, params: FacebookParams) -> int | None:
+def _axis(name: str, part: LazyTensor, params: FacebookParams) -> int | None:
     if len(part.shape) != 2:
         return None
     if _BY_ROWS.search(name):
@@ -82,7 +82,7 @@ def _axis(name: str, part: LazyTensor, ranks: int, params: FacebookParams) -> in
     if _BY_COLUMNS.search(name):
         return 1
     if name == _EMBEDDING:
-        return 1 if part.shape[1] * ranks == params.dim else 0
+        return 0 if part.shape[1] == params.dim else 1
     return None
 
 

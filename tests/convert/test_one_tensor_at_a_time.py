@@ -1,0 +1,58 @@
+"""Big models: however many tensors there are, a format holds one of them in memory while it writes."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from headway.convert import safetensors_files
+from headway.convert.architecture import architecture
+from headway.convert.formats import MODEL_FORMATS
+from headway.convert.future_tokens import with_future_tokens
+from headway.convert.lazy_model import LazyModel, LazyTensor
+from tiny_models import tiny_model
+
+
+class Counter:
+    """Reads that count how many of their tensors are alive at once."""
+
+    def __init__(self) -> None:
+        self.alive = self.most = self.reads = 0
+
+    def lazy(self, tensor: torch.Tensor) -> LazyTensor:
+        return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: self._read(tensor))
+
+    def _read(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.reads += 1
+        self.alive += 1
+        self.most = max(self.most, self.alive)
+        copy = tensor.detach().clone()
+        weakref.finalize(copy, self._gone)
+        return copy
+
+    def _gone(self) -> None:
+        self.alive -= 1
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("name", MODEL_FORMATS)
+def test_writing_holds_one_tensor(name, dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr(safetensors_files, "MAX_SHARD_BYTES", 30_000)
+    model = tiny_model(num_future_tokens=3)
+    needed = architecture(model.config, model.mtp_config)
+    state, heads, counter = model.base.state_dict(), model.heads.state_dict(), Counter()
+    lazy = LazyModel(
+        config=model.config,
+        mtp_config=model.mtp_config,
+        base={key: counter.lazy(state[key]) for key in needed.base},
+        heads={key: counter.lazy(heads[key]) for key in needed.heads},
+    )
+    lazy = with_future_tokens(lazy, 5, head_init="copy", seed=0).map(lambda tensor: tensor.to(dtype))
+    gc.collect()
+    MODEL_FORMATS[name].write(lazy, tmp_path)
+    written = len(lazy.base) + (len(lazy.heads) if MODEL_FORMATS[name].holds_heads else 0)
+    assert counter.reads == written
+    assert counter.most == 1
