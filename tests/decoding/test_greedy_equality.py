@@ -63,7 +63,7 @@ def _train(model, steps=70):
     return model.eval()
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma3_text", "mistral-sliding"])
+@pytest.fixture(scope="module", params=["llama", "gemma3_text"])
 def trained(request):
     return _train(tiny_model(request.param))
 
