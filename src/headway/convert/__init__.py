@@ -1,1 +1,1 @@
-"""Import and export of checkpoints: one common form, one file per format, tensors read and written one at a time."""
+"""Import and export of checkpoints through one common form, one file per format, tensor by tensor."""

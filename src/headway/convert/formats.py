@@ -1,4 +1,7 @@
-"""The code of every format by its name: a new format is one file, a line here and a line in `names.py`."""
+"""The code of every format by its name.
+
+A new format is one file, a line here and a line in `names.py`.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Format `facebook`: params.json and consolidated.*.pth, trunk and next-token layer in `layers`, then `extra_heads`.
+"""Format `facebook`: params.json and consolidated.*.pth, in Meta's own layout.
 
+`layers` holds the trunk and, last, the layer of the next token; `extra_heads` those of offsets 2..n.
 What params.json has no field for (longest context, special tokens, loss weights, the base's name) is written to
 headway.json beside it, which Meta's code does not read and headway does.
 """
