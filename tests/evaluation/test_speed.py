@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from headway.errors import ConfigError
-from headway.evaluation.speed import measure_speed, time_interleaved
+from headway.evaluation.speed import Decoded, measure_speed, time_interleaved
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def test_arms_take_turns_prompt_by_prompt_and_round_by_round():
     def arm(name, extra):
         def decode(row):
             calls.append((name, int(row[0, 0])))
-            return torch.cat([row, torch.full((1, extra), 7)], dim=1)
+            return Decoded(torch.cat([row, torch.full((1, extra), 7)], dim=1), forwards=2)
 
         return decode
 
@@ -27,6 +27,7 @@ def test_arms_take_turns_prompt_by_prompt_and_round_by_round():
     timed = time_interleaved({"a": arm("a", 1), "b": arm("b", 3)}, rows, repeats=2)
     assert calls == [("a", 1), ("b", 1), ("a", 2), ("b", 2)] * 2
     assert timed.outputs == {"a": [[7], [7]], "b": [[7] * 3, [7] * 3]}
+    assert timed.forwards == {"a": 4, "b": 4}
     assert [len(seconds) for seconds in timed.seconds.values()] == [2, 2]
 
 
@@ -46,6 +47,15 @@ def test_a_ratio_is_paired_within_rounds(model, prompts):
     ratios = sorted(mine / theirs for mine, theirs in zip(fast, plain, strict=True))
     ratio = speed.ratio("self-speculative", "plain")
     assert (ratio.low, ratio.median, ratio.high) == pytest.approx(tuple(ratios))
+
+
+def test_the_cost_of_a_forward_pass_explains_the_speed_up(model, prompts):
+    speed = measure_speed(model, prompts, max_new_tokens=8, repeats=1, warmup=0)
+    assert speed.arm("plain").tokens_per_forward == speed.arm("hugging-face").tokens_per_forward == 1.0
+    fast = speed.arm("self-speculative")
+    assert fast.forwards <= fast.new_tokens
+    assert speed.speedup_at(fast.tokens_per_forward) == pytest.approx(speed.ratio("self-speculative", "plain").median)
+    assert speed.to_json()["forward_cost"] == speed.forward_cost
 
 
 def test_a_measurement_leaves_the_mode_as_it_was(model, prompts):

@@ -79,9 +79,9 @@ def demo_result(comparison) -> DemoResult:
         generated=generated_acceptance(comparisons, num_draft_tokens=3),
         speed=DecodingSpeed(
             arms=(
-                ArmSpeed("plain", 100.0, (90.0, 100.0, 105.0), 24),
-                ArmSpeed("self-speculative", 150.0, (140.0, 150.0, 170.0), 24),
-                ArmSpeed("hugging-face", 50.0, (49.0, 50.0, 51.0), 24),
+                ArmSpeed("plain", 100.0, (90.0, 100.0, 105.0), 24, 24),
+                ArmSpeed("self-speculative", 150.0, (140.0, 150.0, 170.0), 24, 12),
+                ArmSpeed("hugging-face", 50.0, (49.0, 50.0, 51.0), 24, 24),
             ),
             ratios=(
                 SpeedRatio("self-speculative", "plain", 1.5, 1.4, 1.7),

@@ -143,7 +143,7 @@ def test_tables_hold_every_figure_and_a_dash_where_none_was_measured(demo_result
     acceptance = acceptance_table(demo_result.walk, demo_result.generated)
     assert acceptance.rows[0][:3] == ("held-out (loop-free)", "2.20", "60.0 %")
     speed = speed_table(demo_result.speed)
-    assert speed.rows[1] == ("self-speculative", "150", "140 to 170", "1.56x", "1.50x to 1.62x")
+    assert speed.rows[1] == ("self-speculative", "2.00", "150", "140 to 170", "1.56x", "1.50x to 1.62x")
     console = console_of(width=150)
     for table in (likelihood, acceptance, speed):
         console.print(rich_table(table))

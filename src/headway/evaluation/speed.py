@@ -40,12 +40,19 @@ class ArmSpeed:
         tokens_per_second: median over rounds of (new tokens of all prompts) / (seconds of all prompts).
         rounds: that figure for every round.
         new_tokens: tokens generated per round, all prompts together.
+        forwards: forward passes per round, the prefills among them.
     """
 
     name: str
     tokens_per_second: float
     rounds: tuple[float, ...]
     new_tokens: int
+    forwards: int
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """New tokens over forward passes, the prefills and the tokens they gave among them."""
+        return self.new_tokens / self.forwards
 
 
 @dataclass(frozen=True)
@@ -97,17 +104,48 @@ class DecodingSpeed:
         """The ratio of two arms."""
         return next(ratio for ratio in self.ratios if (ratio.fast, ratio.slow) == (fast, slow))
 
+    @property
+    def forward_cost(self) -> float:
+        """Seconds of one self-speculative forward pass over those of a plain one, both as means over whole calls.
+
+        The speed-up is tokens per forward over this; it says what any other acceptance would give (`speedup_at`).
+        """
+        per_forward = self.arm(SELF_SPECULATIVE).tokens_per_forward / self.arm(PLAIN).tokens_per_forward
+        return per_forward / self.ratio(SELF_SPECULATIVE, PLAIN).median
+
+    def speedup_at(self, mean_acceptance_length: float) -> float:
+        """The speed-up over plain decoding on a text with that many tokens per forward pass.
+
+        The measured speed-up is that of the texts that were generated; where those loop, it flatters.
+        """
+        return mean_acceptance_length / self.forward_cost
+
     def to_json(self) -> dict[str, Any]:
-        """All fields; NaN becomes None."""
-        return cast(dict[str, Any], json_ready(self))
+        """All fields and the cost of a forward pass; NaN becomes None."""
+        return cast(dict[str, Any], json_ready(self)) | {"forward_cost": self.forward_cost}
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One prompt [1, T] and its continuation [1, T + new], and the forward passes it took, the prefill among them."""
+
+    sequence_1T: Tensor
+    forwards: int
 
 
 @dataclass(frozen=True)
 class InterleavedRounds:
-    """Seconds and results of arms that took turns; `seconds[name][round]` covers all prompts of the round."""
+    """What arms that took turns did.
+
+    Attributes:
+        seconds: per arm and round, all prompts together.
+        outputs: per arm and prompt the new tokens of the last round.
+        forwards: per arm the forward passes of the last round.
+    """
 
     seconds: dict[str, list[float]]
     outputs: dict[str, list[list[int]]]
+    forwards: dict[str, int]
 
 
 def measure_speed(
@@ -143,24 +181,26 @@ def measure_speed(
     rows = [prompt.reshape(1, -1) for prompt in prompts]
     draft = {} if num_draft_tokens is None else {"num_draft_tokens": num_draft_tokens}
 
-    def decode(row: Tensor, **options: Any) -> Any:
+    def decode(row: Tensor, **options: Any) -> Decoded:
         result = model.generate(
             row, do_sample=False, max_new_tokens=max_new_tokens, return_dict_in_generate=True, **options
         )
         if result.acceptance.interrupted:
             # The engine gives back what it has on Ctrl-C; half a text is no measurement.
             raise KeyboardInterrupt
-        return result.sequences
+        return Decoded(result.sequences, 1 + int(result.acceptance.forwards[0]))
 
-    def decode_plain(row: Tensor) -> Any:
+    def decode_plain(row: Tensor) -> Decoded:
         return decode(row, num_draft_tokens=0)
 
-    def decode_self_speculative(row: Tensor) -> Any:
+    def decode_self_speculative(row: Tensor) -> Decoded:
         return decode(row, **draft)
 
-    def decode_hugging_face(row: Tensor) -> Any:
-        mask = torch.ones_like(row)
-        return model.base.generate(row, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens)
+    def decode_hugging_face(row: Tensor) -> Decoded:
+        sequence_1T = model.base.generate(
+            row, attention_mask=torch.ones_like(row), do_sample=False, max_new_tokens=max_new_tokens
+        )
+        return Decoded(sequence_1T, sequence_1T.shape[1] - row.shape[1])
 
     arms = {
         PLAIN: decode_plain,
@@ -192,35 +232,37 @@ def measure_speed(
 
 
 def time_interleaved(
-    arms: Mapping[str, Callable[[Tensor], Tensor]], rows: Sequence[Tensor], *, repeats: int
+    arms: Mapping[str, Callable[[Tensor], Decoded]], rows: Sequence[Tensor], *, repeats: int
 ) -> InterleavedRounds:
     """Call every arm on every row, the arms taking turns row by row, `repeats` times over.
 
     Args:
-        arms: name to decoder; a decoder maps [1, T] to [1, T + new tokens].
+        arms: name to decoder; a decoder continues one prompt.
         rows: prompts [1, T].
         repeats: rounds.
 
     Returns:
-        Seconds per arm and round (work on an accelerator included), and the new tokens per arm and row of
-        the last round.
+        Seconds (work on an accelerator included), new tokens and forward passes.
     """
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     outputs: dict[str, list[list[int]]] = {name: [] for name in arms}
+    forwards = dict.fromkeys(arms, 0)
     for _ in range(repeats):
         spent = dict.fromkeys(arms, 0.0)
         outputs = {name: [] for name in arms}
+        forwards = dict.fromkeys(arms, 0)
         for row in rows:
             for name, decode in arms.items():
                 _wait_for(row)
                 started = time.perf_counter()
-                sequence = decode(row)
+                decoded = decode(row)
                 _wait_for(row)
                 spent[name] += time.perf_counter() - started
-                outputs[name].append(sequence[0, row.shape[1] :].tolist())
+                outputs[name].append(decoded.sequence_1T[0, row.shape[1] :].tolist())
+                forwards[name] += decoded.forwards
         for name in arms:
             seconds[name].append(spent[name])
-    return InterleavedRounds(seconds, outputs)
+    return InterleavedRounds(seconds, outputs, forwards)
 
 
 def _wait_for(row: Tensor) -> None:
@@ -231,7 +273,7 @@ def _wait_for(row: Tensor) -> None:
 def _arm_speed(name: str, timed: InterleavedRounds) -> ArmSpeed:
     new_tokens = sum(len(output) for output in timed.outputs[name])
     rounds = tuple(new_tokens / seconds for seconds in timed.seconds[name])
-    return ArmSpeed(name, statistics.median(rounds), rounds, new_tokens)
+    return ArmSpeed(name, statistics.median(rounds), rounds, new_tokens, timed.forwards[name])
 
 
 def _ratio(timed: InterleavedRounds, fast: str, slow: str) -> SpeedRatio:

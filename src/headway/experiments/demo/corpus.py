@@ -28,8 +28,8 @@ class DemoCorpus:
         summary: for the report.
     """
 
-    train: list[Document]
-    held_out: list[Document]
+    train: Sequence[Document]
+    held_out: Sequence[Document]
     summary: CorpusSummary
 
 

@@ -19,6 +19,7 @@ from headway.experiments.demo.tables import (
     likelihood_table,
     number,
     percent,
+    speed_note,
     speed_table,
     time_table,
 )
@@ -191,7 +192,8 @@ def _speed(result: DemoResult) -> str:
         f'<p class="note">The arms took turns prompt by prompt, {result.speed.repeats} rounds after a warm-up; '
         f"{result.speed.prompts} prompts, at most {result.speed.max_new_tokens} new tokens each, batch 1, greedy, on "
         f"{_text(result.speed.device)}. A time is that of a whole call, prefill included, for every arm alike. All "
-        f"arms gave the same tokens: {'yes' if result.speed.identical else 'no'}.</p>"
+        f"arms gave the same tokens: {'yes' if result.speed.identical else 'no'}. "
+        f"{_text(speed_note(result.speed, result.walk))}</p>"
         f'<div class="panel">{_table(speed_table(result.speed))}</div>'
         '<div class="split">'
         f'<div class="panel">{_figure(speed_figure(result.speed))}</div>'

@@ -110,6 +110,7 @@ class DemoResult:
             "identical": self.identical,
             "mean_acceptance_length": json_ready(self.walk.mean_acceptance_length),
             "speedup_over_plain": self.speed.ratio(SELF_SPECULATIVE, PLAIN).median,
+            "speedup_at_loop_free_acceptance": json_ready(self.speed.speedup_at(self.walk.mean_acceptance_length)),
             "plain_over_hugging_face": self.speed.ratio(PLAIN, HUGGING_FACE).median,
             "likelihood": self.likelihood.to_json(),
             "acceptance": {"held_out": self.walk.to_json(), "generated": self.generated.to_json()},

@@ -28,6 +28,7 @@ from headway.experiments.demo.tables import (
     acceptance_table,
     likelihood_table,
     rich_table,
+    speed_note,
     speed_table,
     time_table,
 )
@@ -201,6 +202,8 @@ def _measure(
         )
     for table in (likelihood_table(likelihood), acceptance_table(walk, generated), speed_table(speed)):
         console.print(rich_table(table))
+    console.print(speed_note(speed, walk))
+    console.print()
     return DemoResult(
         corpus=corpus.summary,
         training=_training_summary(trained, model),

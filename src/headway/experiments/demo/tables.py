@@ -84,6 +84,7 @@ def speed_table(speed: DecodingSpeed) -> FigureTable:
         rows.append(
             (
                 arm.name,
+                number(arm.tokens_per_forward, 2),
                 number(arm.tokens_per_second, 0),
                 f"{min(arm.rounds):.0f} to {max(arm.rounds):.0f}",
                 f"{ratios[len(ratios) // 2]:.2f}x",
@@ -95,8 +96,17 @@ def speed_table(speed: DecodingSpeed) -> FigureTable:
             f"Decoding speed: batch 1, {speed.dtype}, threads {speed.threads}, median of {speed.repeats} interleaved "
             f"rounds, prefill included"
         ),
-        columns=("decoding", "tokens/s", "range", "over plain", "range of rounds"),
+        columns=("decoding", "tokens per forward", "tokens/s", "range", "over plain", "range of rounds"),
         rows=tuple(rows),
+    )
+
+
+def speed_note(speed: DecodingSpeed, walk: WalkAcceptance) -> str:
+    """What the measured cost of a forward pass makes of the loop-free acceptance."""
+    return (
+        f"One self-speculative forward pass costs {speed.forward_cost:.2f} plain ones: at the loop-free "
+        f"{number(walk.mean_acceptance_length, 2)} tokens per forward that is "
+        f"{number(speed.speedup_at(walk.mean_acceptance_length), 2)}x."
     )
 
 
