@@ -41,8 +41,8 @@ def test_prompts_are_verbatim_held_out_lines_of_different_packages(corpus):
     for prompt in prompts:
         data, text = texts[prompt.source].data, bytes(prompt.tokens)
         assert len(text) == 64
-        at = data.index(text)
-        assert at == 0 or data[at - 1 : at] == b"\n"
+        assert data.count(b"\n" + text) == 1
+        assert text.lstrip(b" ").startswith(b"def ")
 
 
 def test_prompts_are_the_same_every_time(corpus):
@@ -59,6 +59,11 @@ def test_packages_are_used_again_only_when_all_have_given_a_prompt():
     ]
     prompts = held_out_prompts(documents, count=3, prompt_bytes=40)
     assert [prompt.source for prompt in prompts] == ["big/a.py", "small.py", "big/b.py"]
+
+
+def test_a_file_without_a_function_gives_a_line_start():
+    (prompt,) = held_out_prompts([document("table.py", "table", 500)], count=1, prompt_bytes=40)
+    assert bytes(prompt.tokens).startswith(b"# table.py\n")
 
 
 def test_too_little_held_out_text_is_an_error():

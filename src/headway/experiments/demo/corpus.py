@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from headway.errors import DataError
 from headway.experiments.demo.generation import DemoPrompt
 from headway.experiments.demo.result import CorpusSummary
 from headway.training.config import TrainConfig
+
+_DEFINITION = re.compile(rb"^ {0,4}def ", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,8 @@ def check_same_text(corpus: DemoCorpus, *, train: TokenCache, held_out: TokenCac
 def held_out_prompts(documents: Sequence[Document], *, count: int, prompt_bytes: int) -> list[DemoPrompt]:
     """Prompts from the largest files of the largest held-out packages, one per package as long as there are enough.
 
-    A prompt starts at the first line start behind the file's middle.
+    A prompt starts at the first function or method behind the file's middle, at the first line start where there is
+    none: the same rule for every file, so that nobody picked what looks well.
 
     Args:
         documents: held-out text.
@@ -91,7 +95,7 @@ def held_out_prompts(documents: Sequence[Document], *, count: int, prompt_bytes:
     Raises:
         DataError: fewer files than `count` are long enough.
     """
-    usable = [document for document in documents if _line_start(document.data, prompt_bytes) is not None]
+    usable = [document for document in documents if _prompt_start(document.data, prompt_bytes) is not None]
     if len(usable) < count:
         raise DataError(
             f"the held-out text has {len(usable)} files with {prompt_bytes} bytes behind their middle, {count} are "
@@ -109,12 +113,18 @@ def held_out_prompts(documents: Sequence[Document], *, count: int, prompt_bytes:
     rounds.sort(key=lambda entry: entry[:2])
     prompts = []
     for _, _, document in rounds[:count]:
-        start = _line_start(document.data, prompt_bytes)
+        start = _prompt_start(document.data, prompt_bytes)
         assert start is not None
         prompts.append(DemoPrompt(document.name, tuple(document.data[start : start + prompt_bytes])))
     return prompts
 
 
-def _line_start(data: bytes, prompt_bytes: int) -> int | None:
-    start = data.find(b"\n", len(data) // 2) + 1
-    return start if start and start + prompt_bytes <= len(data) else None
+def _prompt_start(data: bytes, prompt_bytes: int) -> int | None:
+    """Where the prompt of a file starts; None where no prompt of that length fits."""
+    middle = len(data) // 2
+    last = len(data) - prompt_bytes
+    definition = _DEFINITION.search(data, middle)
+    if definition is not None and definition.start() <= last:
+        return definition.start()
+    start = data.find(b"\n", middle) + 1
+    return start if start and start <= last else None

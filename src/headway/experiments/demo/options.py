@@ -46,7 +46,7 @@ class DemoScale:
 
 FULL = DemoScale(
     prompts=4,
-    prompt_bytes=64,
+    prompt_bytes=96,
     new_bytes=256,
     evaluation_bytes=65_536,
     speed_new_bytes=128,
