@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from headway.errors import CheckpointError, HeadwayError
 from headway.model.config import FORMAT_VERSION, MultiTokenConfig
-from headway.model.fingerprint import base_fingerprint, same_base
+from headway.model.fingerprint import base_fingerprint, same_base, same_tensors, untied_tensors
 from headway.model.folder import HEADS_FOLDER, write_folder
 from headway.provenance import provenance
 
@@ -32,6 +32,8 @@ CONFIG_FILE = f"{HEADS_FOLDER}/config.json"
 HEADS_FILE = f"{HEADS_FOLDER}/heads.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _FORMAT = "headway-multi-token"
+_FREE_ON_LOAD = {"offset_weights", "head_init", "loss_chunk_tokens"}
+"""Fields of a configuration that say how heads are trained, not what they are."""
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
@@ -106,22 +108,55 @@ def load_model(cls: Any, source: str | PathLike[str], *, base: Any = None, **kwa
     return model
 
 
+def read_heads_for(model: Any, folder: Path, base_tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The heads of a local folder, checked to fit `model` and to belong to the base whose tensors are given.
+
+    Args:
+        model: the multi-token model that they are for; it is not changed.
+        folder: a folder that `MultiTokenLM.save_pretrained` wrote.
+        base_tensors: state dict of its base, or some of it; only a whole one has a fingerprint to compare.
+
+    Raises:
+        CheckpointError: no heads, damaged ones, or heads that do not fit.
+    """
+    record = read_record(folder)
+    recorded, own = _multi_token_config(record, folder).to_dict(), model.mtp_config.to_dict()
+    for name in sorted((recorded.keys() | own.keys()) - _FREE_ON_LOAD):
+        if recorded.get(name) != own.get(name):
+            raise CheckpointError(
+                f"the heads in {folder} do not fit the model: they have {name}={recorded.get(name)!r}, the model "
+                f"{own.get(name)!r}; load that folder with MultiTokenLM.from_pretrained",
+                path=folder,
+            )
+    tensors = _read_heads(folder, record)
+    _check_fit(model, tensors, folder)
+    whole = untied_tensors(model.base, model.base.state_dict()).keys() <= base_tensors.keys()
+    if whole and not same_tensors(record["base"]["fingerprint"], untied_tensors(model.base, base_tensors)):
+        raise CheckpointError(
+            f"{folder} mixes two models: its heads were saved with another base than the weights beside them; restore it",
+            path=folder,
+        )
+    return tensors
+
+
 def _split(model: Any, state_dict: Mapping[str, Tensor] | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     state = model.state_dict() if state_dict is None else state_dict
-    foreign = [name for name in state if not name.startswith(("base.", "heads."))]
-    if foreign:
+    foreign = sorted(state.keys() - model.tensor_names)
+    if foreign or getattr(model.base, "_hf_peft_config_loaded", False):
+        what = f"a state dict with the key {foreign[0]!r}" if foreign else "a base with adapters"
         raise CheckpointError(
-            f"cannot save a state dict with the key {foreign[0]!r}: keys of a multi-token model start with 'base.' or "
-            f"'heads.'; merge or unload adapters before saving"
+            f"cannot save {what}: a multi-token model is saved with the tensors that it was made with, under 'base.' and "
+            f"'heads.'; merge adapters (merge_and_unload) and take wrappers off before saving"
+        )
+    tied = {f"base.{name}" for name in getattr(model.base, "all_tied_weights_keys", None) or {}}
+    missing = sorted(model.tensor_names - tied - state.keys())
+    if missing:
+        raise CheckpointError(
+            f"cannot save: the state dict lacks {len(missing)} tensor{'s' if len(missing) > 1 else ''} of the model "
+            f"(first: {missing[0]}); pass the whole model's state dict"
         )
     base = {name.removeprefix("base."): tensor for name, tensor in state.items() if name.startswith("base.")}
     heads = {name.removeprefix("heads."): tensor for name, tensor in state.items() if name.startswith("heads.")}
-    missing = set(model.heads.state_dict()) - set(heads)
-    if missing:
-        raise CheckpointError(
-            f"cannot save: the state dict lacks {len(missing)} tensors of the heads (first: {sorted(missing)[0]}); pass "
-            f"the whole model's state dict"
-        )
     return base, heads
 
 
@@ -338,7 +373,7 @@ def _check_index(folder: Path) -> None:
             )
 
 
-def _load_heads(model: Any, tensors: dict[str, Tensor], folder: Path, *, keep_dtype: bool) -> None:
+def _check_fit(model: Any, tensors: Mapping[str, Tensor], folder: Path) -> None:
     own = model.heads.state_dict()
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     shapes = [
@@ -353,6 +388,10 @@ def _load_heads(model: Any, tensors: dict[str, Tensor], folder: Path, *, keep_dt
             f"{len(shapes)} of another shape (first: {first}); the folder mixes two models, restore it",
             path=folder / HEADS_FILE,
         )
+
+
+def _load_heads(model: Any, tensors: dict[str, Tensor], folder: Path, *, keep_dtype: bool) -> None:
+    _check_fit(model, tensors, folder)
     with torch.no_grad():
         if keep_dtype:
             for name, parameter in model.heads.named_parameters():

@@ -158,6 +158,25 @@ def _disqualified(config: Any) -> list[tuple[str, str, Any]]:
     return found
 
 
+def check_shared_parts(causal_lm: Any, family: Family) -> None:
+    """Refuse a base whose final norm or unembedding is no longer the module that the heads share with it.
+
+    Raises:
+        IncompatibleModelError: it was wrapped or replaced (by an adapter on it, say), so that heads and base would part.
+    """
+    norm = getattr(family.decoder, SUPPORTED_FAMILIES[family.model_type][1])
+    for what, module, shared in (
+        ("unembedding", causal_lm.get_output_embeddings(), family.lm_head),
+        ("final norm", norm, family.norm),
+    ):
+        if module is not shared:
+            raise IncompatibleModelError(
+                f"the {what} of the base is now a {type(module).__name__} and no longer the one that the heads share; leave "
+                f"it out of target_modules and modules_to_save (headway.model.lora.lora_module_names names what can be "
+                f"adapted), or attach heads after replacing it"
+            )
+
+
 @torch.no_grad()
 def check_parity(
     causal_lm: Any,

@@ -82,7 +82,11 @@ def same_fingerprint(recorded: Mapping[str, str], other: Mapping[str, str]) -> b
 
 def same_base(recorded: Mapping[str, str], base: Any) -> bool:
     """Whether `base` is the recorded one, exactly where precisions agree, else after rounding both to bfloat16."""
-    tensors = untied_tensors(base, base.state_dict())
+    return same_tensors(recorded, untied_tensors(base, base.state_dict()))
+
+
+def same_tensors(recorded: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bool:
+    """`same_base` for the base's tensors, tied repetitions left out."""
     if _dtypes(tensors) == recorded.get("dtype"):
         return weights_fingerprint(tensors) == recorded.get("sha256")
     return weights_fingerprint(tensors, dtype=torch.bfloat16) == recorded.get("sha256_bfloat16")

@@ -17,7 +17,7 @@ HEADS_FOLDER = "mtp"
 _LAST = ("params.json", "config.json")
 """Without the file of this name no reader takes the folder for a model, so it is moved in last."""
 
-_WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
+_WEIGHT_PATTERNS = ("model*.safetensors", "model*.safetensors.index.json", "config.json", "generation_config.json")
 
 
 def write_folder(

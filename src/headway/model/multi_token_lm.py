@@ -25,8 +25,9 @@ from headway.losses.chunked import MultiTokenLoss, chunked_loss
 from headway.model.checkpoint import load_model, save_heads, save_model
 from headway.model.config import MultiTokenConfig
 from headway.model.documents import AttentionMask, isolating_mask, positions_from_documents
-from headway.model.families import check_config, check_parity, resolve_family
+from headway.model.families import check_config, check_parity, check_shared_parts, resolve_family
 from headway.model.output import MultiTokenOutput, OffsetHiddenStates
+from headway.model.resuming import restore_heads_too
 from headway.model.tap import LastLayerTap
 
 
@@ -74,6 +75,7 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         heads: n - 1 modules; item i predicts offset i + 2.
         mtp_config: what was added.
         family: the parts of the base that the heads use.
+        tensor_names: names of the state dict as the model was made, adapters and wrappers not counted.
 
     Source: Gloeckle et al. 2024 (arXiv:2404.19737), section 2.
     """
@@ -86,6 +88,7 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    accepts_loss_kwargs = True
     _can_compile_fullgraph = False
     _is_stateful: ClassVar[bool] = False
 
@@ -110,6 +113,10 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         self.name_or_path = base.name_or_path
         self._tap = LastLayerTap(family.last_layer)
         self.post_init()
+        # So that the Trainer counts the targets of the next token, as it does for the base.
+        self.loss_type = "ForCausalLM"
+        self.tensor_names = frozenset(self.state_dict())
+        self.register_load_state_dict_pre_hook(restore_heads_too)
         self.train(base.training)
         check_parity(base, family, self._parity_logits)
 
@@ -167,10 +174,10 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     def save_pretrained(
         self,
         save_directory: str | PathLike[str],
-        is_main_process: bool = True,
+        is_main_process: bool | None = None,
         state_dict: dict[str, Tensor] | None = None,
         *,
-        overwrite: bool = False,
+        overwrite: bool | None = None,
         max_shard_size: int | str = "50GB",
         **kwargs: Any,
     ) -> None:
@@ -181,21 +188,22 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
         Args:
             save_directory: the folder; its other files are kept.
-            is_main_process: only this process writes.
+            is_main_process: False writes nothing. Training loops pass it (the Hugging Face Trainer, Accelerate); such a loop
+                owns its folder, so that what it passes there is replaced unless `overwrite` is False.
             state_dict: weights to write instead of the model's own (as the Hugging Face Trainer passes them).
-            overwrite: replace a model that is already there.
+            overwrite: replace a model that is already there; off by default.
             max_shard_size: largest safetensors file of the base.
             kwargs: accepted for the Trainer's sake and passed to the base's own `save_pretrained`.
 
         Raises:
             CheckpointError: the folder holds a model and `overwrite` is off, or cannot be written.
         """
-        if is_main_process:
+        if is_main_process is not False:
             save_model(
                 self,
                 save_directory,
                 state_dict=state_dict,
-                overwrite=overwrite,
+                overwrite=is_main_process is not None if overwrite is None else overwrite,
                 max_shard_size=max_shard_size,
                 **kwargs,
             )
@@ -243,8 +251,9 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
                 where they change.
             num_valid_targets: counts [N] to divide by instead of this batch's own, so that the loss is the mean over a
                 whole optimizer step (`headway.functional.targets.count_valid_targets`, summed over micro-batches, ranks).
-            num_items_in_batch: the Hugging Face Trainer's single count, used for every offset where
-                `num_valid_targets` is not given.
+            num_items_in_batch: the Hugging Face Trainer's single count of a whole optimizer step, used for every offset
+                where `num_valid_targets` is not given. In eval mode the output then is a plain model's, loss and logits,
+                since the Trainer's evaluation gathers whatever else is there as predictions.
             return_logits: with labels, logits are None unless asked for.
             return_future_logits: also [B, T, N, V].
             logits_to_keep: only the last so many positions' logits (0 keeps all), or these positions.
@@ -258,8 +267,16 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             ValueError: labels or ids of a wrong shape.
             DataError: a label outside the vocabulary.
             ConfigError: packed documents with a cache that already holds tokens, or with an attention implementation
-                that takes no mask per token pair.
+                that takes no mask per token pair; a count of targets without labels.
+            IncompatibleModelError: the unembedding or the final norm was wrapped or replaced.
         """
+        if num_items_in_batch is not None and labels is None:
+            raise ConfigError(
+                "the training loop counts targets (num_items_in_batch) but keeps the labels to itself, for label smoothing or "
+                "a loss function of its own: no head would be trained; leave label_smoothing_factor at 0 and "
+                "compute_loss_func unset"
+            )
+        plain_output = num_items_in_batch is not None and num_valid_targets is None and not self.training
         source = input_ids if input_ids is not None else inputs_embeds
         if source is None or (input_ids is not None and inputs_embeds is not None):
             raise ConfigError("pass exactly one of input_ids and inputs_embeds")
@@ -301,12 +318,12 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         if return_future_logits:
             future_logits = torch.stack([self.unembed(hidden_BTD[:, keep]) for hidden_BTD in hidden], dim=2)
             logits = future_logits[:, :, 0]
-        elif labels is None or return_logits:
+        elif labels is None or (plain_output if return_logits is None else return_logits):
             logits = self.unembed(states.last_hidden_BTD[:, keep])
         output = MultiTokenOutput(
             loss=None if loss is None else loss.total,
             logits=logits,
-            loss_per_offset=None if loss is None else loss.per_offset_N,
+            loss_per_offset=None if loss is None or plain_output else loss.per_offset_N,
             future_logits=future_logits,
             past_key_values=states.past_key_values,
             hidden_states=states.hidden_states,
@@ -342,6 +359,7 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         Raises:
             ConfigError: a cache that the heads cannot use.
         """
+        check_shared_parts(self.base, self.family)
         wanted = self.num_future_tokens if num_offsets is None else num_offsets
         if wanted > 1:
             past_key_values = self._cache_for_heads(past_key_values, use_cache)
