@@ -74,7 +74,9 @@ def script_drafts(
     generator = torch.Generator().manual_seed(seed)
     emitted = [0] * len(continuations)
 
-    def draft(self: EagerExecutor, states: Any, accepted: Sequence[int], *, count: int) -> Tensor:
+    def draft(
+        self: EagerExecutor, states: Any, accepted: Sequence[int], *, last_B: Tensor | None = None, count: int
+    ) -> Tensor:
         for row, right in enumerate(accepted):
             emitted[row] += right + 1
         rows = [

@@ -6,6 +6,7 @@ Legend: B rows, M positions of a block, D width, V vocabulary, K drafted tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from headway.decoding.cache import RaggedCache, attention_windows
 from headway.decoding.masks import BlockMasks
 from headway.decoding.prompts import Prompts
+from headway.heads.base import DraftPoint
 from headway.model.output import OffsetHiddenStates
 
 
@@ -21,7 +23,8 @@ class EagerExecutor:
     """The model as it is, on one batch: prefill once, then block after block.
 
     A block is [last known token, draft]; its keys and values go to slots position .. position + M - 1 of each row.
-    Going back after a rejected draft is calling `block` with smaller positions.
+    Going back after a rejected draft is calling `block` with smaller positions. Where heads ask for it (`Heads.lookback`),
+    a pass repeats known tokens before the block, whose slots then get what they held, or what is right by now.
 
     Attributes:
         cache: keys and values of base and heads.
@@ -43,16 +46,21 @@ class EagerExecutor:
         # The last token of a row is emitted but never fed, so positions end two before prompt + new tokens; beyond it
         # lie only drafts that the limit will cut, whose position does not matter as long as the model has it.
         self._last_position = max(prompts.lengths) + max_new_tokens - 2
-        num_heads = num_draft_tokens
+        self._lookback: int = model.heads.lookback(num_draft_tokens)
         self.cache = RaggedCache(
-            attention_windows(model.config, num_heads=num_heads),
+            attention_windows(model.config, num_heads=model.heads.cache_layers(num_draft_tokens)),
             batch=prompts.batch,
-            capacity=max(prompts.lengths) + max_new_tokens + num_draft_tokens,
+            capacity=max(prompts.lengths) + max_new_tokens + num_draft_tokens + self._lookback,
             device=self.device,
         )
         self._masks = BlockMasks(
-            model.config, self.cache, width=num_draft_tokens + 1, dtype=embedding.dtype, device=self.device
+            model.config,
+            self.cache,
+            width=num_draft_tokens + 1 + self._lookback,
+            dtype=embedding.dtype,
+            device=self.device,
         )
+        self._known: DraftPoint | None = None
         self._positions_BC = torch.arange(self.cache.capacity, device=self.device).expand(prompts.batch, -1)
         self._rows_B = torch.arange(prompts.batch, device=self.device)
 
@@ -61,16 +69,17 @@ class EagerExecutor:
         ids_BP = self._prompts.ids_BP.to(self.device)
         columns = ids_BP.shape[1]
         self.cache.begin_aligned(0, columns)
+        if self._lookback:
+            self._text_BC = torch.zeros_like(self._positions_BC)
+            self._text_BC[:, :columns] = ids_BP
         # Without a mask the family makes its own causal or windowed one, or none at all where attention can do without.
         # Filler at the end of short rows is behind every real token's back and its slots are overwritten later.
         states = self._run(ids_BP, None, self._positions_BC.narrow(1, 0, columns), num_offsets)
+        last_B = torch.tensor(self._prompts.lengths, device=self.device) - 1
+        self._remember(states, ids_BP, last_B)
         if min(self._prompts.lengths) == columns:
             return _select(states, slice(columns - 1, columns))
-        last_B = torch.tensor(self._prompts.lengths, device=self.device) - 1
-        return OffsetHiddenStates(
-            last_hidden_BTD=states.last_hidden_BTD[self._rows_B, last_B][:, None],
-            future_hidden=tuple(head_BTD[self._rows_B, last_B][:, None] for head_BTD in states.future_hidden),
-        )
+        return self._gather(states, last_B[:, None])
 
     def block(self, block_BM: Tensor, positions: Sequence[int], *, num_offsets: int) -> OffsetHiddenStates:
         """One forward of base and heads over a block.
@@ -83,6 +92,13 @@ class EagerExecutor:
         Returns:
             Hidden states [B, M, D]; offset 1 after the final norm, the others before it.
         """
+        if self._lookback:
+            return self._block_with_lookback(block_BM, positions, num_offsets=num_offsets)
+        states = self._block(block_BM, positions, num_offsets=num_offsets)
+        self._remember(states, block_BM, torch.zeros_like(self._rows_B))
+        return states
+
+    def _block(self, block_BM: Tensor, positions: Sequence[int], *, num_offsets: int) -> OffsetHiddenStates:
         width = block_BM.shape[1]
         low, high = min(positions), max(positions)
         if low == high:
@@ -94,31 +110,73 @@ class EagerExecutor:
         positions_BM = slots_BM.clamp(max=self._last_position)
         return self._run(block_BM, self._masks.ragged(slots_BM), positions_BM, num_offsets)
 
+    def _block_with_lookback(
+        self, block_BM: Tensor, positions: Sequence[int], *, num_offsets: int
+    ) -> OffsetHiddenStates:
+        """The same over a window that begins earlier; what lies behind a short row's block is overwritten in time."""
+        position_B1 = torch.tensor(positions, device=self.device)[:, None]
+        columns_1M = self._positions_BC[:1, : block_BM.shape[1]]
+        self._text_BC.scatter_(1, position_B1 + columns_1M, block_BM)
+        back = min(self._lookback, max(positions))
+        starts = [max(0, position - back) for position in positions]
+        start_B1 = torch.tensor(starts, device=self.device)[:, None]
+        window_BW = self._text_BC.gather(1, start_B1 + self._positions_BC[:1, : back + block_BM.shape[1]])
+        states = self._block(window_BW, starts, num_offsets=num_offsets)
+        first_B1 = position_B1 - start_B1
+        self._remember(states, window_BW, first_B1[:, 0])
+        return self._gather(states, first_B1 + columns_1M)
+
     def logits(self, last_hidden_BMD: Tensor) -> Tensor:
         """Offset-1 logits [B, M, V] of hidden states that the decoder has already normed."""
         logits: Tensor = self._model.unembed(last_hidden_BMD)
         return logits
 
-    def draft(self, states: OffsetHiddenStates, accepted: Sequence[int], *, count: int) -> Tensor:
+    def draft(
+        self, states: OffsetHiddenStates, accepted: Sequence[int], *, last_B: Tensor | None = None, count: int
+    ) -> Tensor:
         """The heads' most likely tokens after the last accepted position of each row.
 
         Args:
             states: of the last forward.
             accepted: per row, how many of that forward's drafts stand: the heads are read there.
+            last_B: the token that the model has chosen after them, for heads that draft in turn.
             count: K wanted.
 
         Returns:
             int64 [B, K]; item i is offset i + 2.
         """
+        if self._model.heads.autoregressive:
+            assert last_B is not None
+            return self._draft_in_turn(accepted, last_B, count=count)
         future = states.future_hidden[:count]
         if len(set(accepted)) == 1:
             hidden_KBD = torch.stack([head_BMD[:, accepted[0]] for head_BMD in future])
         else:
             at_B = torch.tensor(accepted, device=self.device)
             hidden_KBD = torch.stack([head_BMD[self._rows_B, at_B] for head_BMD in future])
-        logits_KBV = self._model.unembed(self._model.final_norm(hidden_KBD))
+        if self._model.heads.unembeddings is not None:
+            per_offset = enumerate(hidden_KBD, start=2)
+            logits_KBV = torch.stack([self._model.offset_logits(h_BD, offset=offset) for offset, h_BD in per_offset])
+        else:
+            logits_KBV = self._model.offset_logits(hidden_KBD, offset=2)
         draft_KB: Tensor = logits_KBV.argmax(dim=-1)
         return draft_KB.T
+
+    def _draft_in_turn(self, accepted: Sequence[int], last_B: Tensor, *, count: int) -> Tensor:
+        """Offset by offset, each told the token before it."""
+        assert self._known is not None
+        columns_B = self._known.columns_B + torch.tensor(accepted, device=self.device)
+        step = self._model.heads.begin_draft(replace(self._known, columns_B=columns_B))
+        drafts, previous_B = [], last_B
+        for offset in range(2, count + 2):
+            logits_BV = self._model.offset_logits(step(offset, previous_B), offset=offset, previous=previous_B)
+            previous_B = self._pick(logits_BV, offset)
+            drafts.append(previous_B)
+        return torch.stack(drafts, dim=1)
+
+    def _pick(self, logits_BV: Tensor, offset: int) -> Tensor:
+        """The draft of one offset."""
+        return logits_BV.argmax(dim=-1)
 
     def _run(self, ids: Tensor, mask: Any, position_ids: Tensor, num_offsets: int) -> OffsetHiddenStates:
         states: OffsetHiddenStates = self._model.offset_hidden_states(
@@ -127,9 +185,23 @@ class EagerExecutor:
             position_ids=position_ids,
             past_key_values=self.cache,
             use_cache=True,
-            num_offsets=num_offsets,
+            # Heads that read drafted tokens have nothing to read yet.
+            num_offsets=1 if self._model.heads.reads_tokens else num_offsets,
         )
         return states
+
+    def _remember(self, states: OffsetHiddenStates, tokens_BW: Tensor, columns_B: Tensor) -> None:
+        """Keep the last pass and each row's last token that was known before it, for heads that draft in turn."""
+        if states.head_inputs is not None:
+            self._known = DraftPoint(states.head_inputs, states.future_hidden, tokens_BW, columns_B)
+
+    def _gather(self, states: OffsetHiddenStates, columns_BM: Tensor) -> OffsetHiddenStates:
+        """Hidden states at given columns of each row."""
+        rows_B1 = self._rows_B[:, None]
+        return OffsetHiddenStates(
+            last_hidden_BTD=states.last_hidden_BTD[rows_B1, columns_BM],
+            future_hidden=tuple(head_BTD[rows_B1, columns_BM] for head_BTD in states.future_hidden),
+        )
 
 
 def _select(states: OffsetHiddenStates, columns: slice) -> OffsetHiddenStates:

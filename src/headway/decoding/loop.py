@@ -125,7 +125,7 @@ class DecodingLoop:
             return last_B1
         # Where a row goes on, all its tokens but the last are accepted drafts.
         places = [len(emission.tokens) - 1 if emission else 0 for emission in emissions]
-        return torch.cat((last_B1, self.executor.draft(states, places, count=count)), dim=1)
+        return torch.cat((last_B1, self.executor.draft(states, places, last_B=last_B1[:, 0], count=count)), dim=1)
 
     def _stream(self) -> None:
         if self.streamer is None:

@@ -1,55 +1,96 @@
-"""Transformer heads: one decoder layer of the base's own family per offset.
+"""Transformer heads: decoder layers of the base's own family, one stack per offset, in three wirings.
 
-Source: Gloeckle et al. 2024 (arXiv:2404.19737), section 2: each head is one transformer layer on the trunk's output, with
-the final norm and the unembedding shared by all.
+Legend: B batch, T positions, D width, L layers of the base, H_k the layers of head k, H_1 the base's last layer.
+
+    parallel     h_k = H_k(z)                                      offset 1: h_1 = H_1(z)
+    causal       h_k = H_k(h_{k-1})                                offset 1: h_1 = H_1(z)
+    anticausal   h_n = H_n(z),  h_k = H_k(h_{k+1})                 offset 1: h_1 = H_1(h_2), last of all
+
+Each h_k goes through the shared final norm and unembedding. With `tap_back=j` parallel heads read the input of layer
+L - j instead of z, the input of layer L.
+
+Source: Gloeckle et al. 2024 (arXiv:2404.19737), section 2 (parallel) and appendix B (causal, anticausal).
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from torch import Tensor, nn
 
-import torch
-from torch import nn
+from headway.heads.base import BaseParts, HeadInputs, Heads, LayerCall, Reading
+from headway.heads.options import HeadOptions
 
 
-def transformer_heads(
-    last_layer: nn.Module,
-    *,
-    num_heads: int,
-    first_layer_idx: int,
-    initialize: Callable[[nn.Module], None] | None,
-) -> nn.ModuleList:
-    """Head layers of the last layer's class, each with its own place in a cache.
+class TransformerHeads(Heads):
+    """Parallel heads: each reads the trunk."""
 
-    Args:
-        last_layer: the base's last decoder layer (head 1); neither shared nor changed.
-        num_heads: n - 1.
-        first_layer_idx: cache index of the first head, the base's number of layers L; head i has L + i.
-        initialize: draws a module's weights as the family draws a new model's; None keeps copies of the last layer.
+    def __init__(self, parts: BaseParts, options: HeadOptions, *, num_heads: int) -> None:
+        count = options.layers_per_head
+        bodies: list[nn.Module] = []
+        for index in range(num_heads):
+            layers = [parts.decoder_layer(parts.num_layers + index * count + place) for place in range(count)]
+            bodies.append(layers[0] if count == 1 else nn.ModuleList(layers))
+        super().__init__(bodies, num_heads=num_heads)
+        self.layers_per_head = count
+        self.reading = Reading("layer_input", options.tap_back)
 
-    Returns:
-        `num_heads` layers; item i predicts offset i + 2.
-    """
-    heads = nn.ModuleList()
-    for index in range(num_heads):
-        head = copy.deepcopy(last_layer)
-        # The copy must not carry a tap, or any other hook, of the layer that it was made from.
-        for module in head.modules():
-            module._forward_pre_hooks.clear()
-            module._forward_pre_hooks_with_kwargs.clear()
-            module._forward_hooks.clear()
-            module._forward_hooks_with_kwargs.clear()
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = first_layer_idx + index  # type: ignore[assignment]
-        if initialize is not None:
-            for parameter in head.parameters():
-                # Set by from_pretrained on loaded tensors; the family's initialiser skips tensors that have it.
-                if hasattr(parameter, "_is_hf_initialized"):
-                    del parameter._is_hf_initialized
-            with torch.no_grad():
-                for module in head.modules():
-                    initialize(module)
-        head.requires_grad_(True)
-        heads.append(head)
-    return heads
+    @property
+    def decoder_layers(self) -> list[nn.Module]:
+        """All layers of all heads."""
+        return [layer for body in self.bodies for layer in _layers(body)]
+
+    def cache_layers(self, num_heads: int) -> int:
+        """One per layer."""
+        return num_heads * self.layers_per_head
+
+    def future_hidden(self, inputs: HeadInputs, *, num_heads: int) -> tuple[Tensor, ...]:
+        """See `Heads.future_hidden`."""
+        return tuple(run_head(inputs.call, body, inputs.hidden_BTD) for body in self.bodies[:num_heads])
+
+
+class CausalTransformerHeads(TransformerHeads):
+    """Each head reads the one before it, the first the base's last layer."""
+
+    def __init__(self, parts: BaseParts, options: HeadOptions, *, num_heads: int) -> None:
+        super().__init__(parts, options, num_heads=num_heads)
+        self.reading = Reading("final_residual")
+
+    def future_hidden(self, inputs: HeadInputs, *, num_heads: int) -> tuple[Tensor, ...]:
+        """See `Heads.future_hidden`."""
+        hidden_BTD, future = inputs.hidden_BTD, []
+        for body in self.bodies[:num_heads]:
+            hidden_BTD = run_head(inputs.call, body, hidden_BTD)
+            future.append(hidden_BTD)
+        return tuple(future)
+
+
+class AnticausalTransformerHeads(TransformerHeads):
+    """Each head reads the one after it; they run inside the base, between its trunk and its last layer."""
+
+    changes_base = True
+
+    def cache_layers(self, num_heads: int) -> int:
+        """Of all heads, however few offsets are drafted: the next token needs them."""
+        return self.num_heads * self.layers_per_head
+
+    def splice(self, call: LayerCall) -> tuple[Tensor, ...]:
+        """See `Heads.splice`."""
+        hidden_BTD, future = call.hidden_BTD, []
+        for body in reversed(self.bodies):
+            hidden_BTD = run_head(call, body, hidden_BTD)
+            future.append(hidden_BTD)
+        return tuple(reversed(future))
+
+    def future_hidden(self, inputs: HeadInputs, *, num_heads: int) -> tuple[Tensor, ...]:
+        """See `Heads.future_hidden`; they have run already."""
+        return inputs.spliced[:num_heads]
+
+
+def run_head(call: LayerCall, body: nn.Module, hidden_BTD: Tensor) -> Tensor:
+    """The layers of one head, one after the other, called as the base's last layer was."""
+    for layer in _layers(body):
+        hidden_BTD = call.replay(layer, hidden_BTD)
+    return hidden_BTD
+
+
+def _layers(body: nn.Module) -> list[nn.Module]:
+    return list(body) if isinstance(body, nn.ModuleList) else [body]

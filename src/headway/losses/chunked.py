@@ -37,9 +37,26 @@ class MultiTokenLoss:
     num_targets_N: Tensor
 
 
+@dataclass(frozen=True)
+class LowRankBias:
+    """A second summand of an offset's logits: `hidden_BTR @ weight_VR.T`, of low rank R.
+
+    Attributes:
+        hidden_BTR: per position.
+        weight_VR: shared by all positions.
+    """
+
+    hidden_BTR: Tensor
+    weight_VR: Tensor
+
+
+Unembeddings = Tensor | Sequence[Tensor]
+"""One [V, D] matrix for all offsets, or one per offset, in which the same tensor may stand several times."""
+
+
 def chunked_loss(
     hidden_per_offset: Sequence[Tensor],
-    weight_VD: Tensor,
+    weight_VD: Unembeddings,
     labels_BT: Tensor,
     *,
     offset_weights: Sequence[float] | None = None,
@@ -49,16 +66,18 @@ def chunked_loss(
     num_valid_targets_N: Tensor | None = None,
     soft_cap: SoftCap | None = None,
     chunk_tokens: int = 1024,
+    biases: Sequence[LowRankBias | None] | None = None,
 ) -> MultiTokenLoss:
     """Multi-token cross-entropy, flat in memory.
 
     Equal to `headway.losses.reference.reference_loss` (same value and gradients); peak logits O(chunk_tokens x V)
-    instead of O(N x B x T x V). Softmax and sums are in float32, in float64 when the hidden states are. Under autocast
-    the product with the unembedding runs in the autocast type, as an `nn.Linear` would.
+    instead of O(N x B x T x V), and one gradient buffer per distinct unembedding. Softmax and sums are in float32, in
+    float64 when the hidden states are. Under autocast the product with the unembedding runs in the autocast type, as an
+    `nn.Linear` would.
 
     Args:
         hidden_per_offset: N tensors [B, T, D] after the final norm; item k-1 predicts the token k ahead.
-        weight_VD: the unembedding shared by all offsets.
+        weight_VD: the unembedding shared by all offsets, or one per offset.
         labels_BT: unshifted token ids; -100 is ignored.
         offset_weights: N factors; all 1 (the paper) when None.
         position_ids_BT: see `headway.functional.targets.shift_targets`.
@@ -67,6 +86,7 @@ def chunked_loss(
         num_valid_targets_N: divide by these counts (a whole optimizer step's) instead of this call's own.
         soft_cap: the family's logit soft-capping.
         chunk_tokens: rows of logits that are alive at once.
+        biases: N summands of the logits before soft-capping, or None where an offset has none.
 
     Returns:
         `MultiTokenLoss`.
@@ -79,7 +99,7 @@ def chunked_loss(
     by chunks of the unembedding instead of head by head.
     """
     num_offsets = len(hidden_per_offset)
-    _check_labels(labels_BT, vocabulary_size=weight_VD.shape[0])
+    _check_labels(labels_BT, vocabulary_size=_per_offset(weight_VD, 1)[0].shape[0])
     targets_NM = torch.stack(
         [
             shift_targets(
@@ -106,37 +126,62 @@ def chunked_loss(
         counts_N=counts_N,
         soft_cap=soft_cap,
         chunk_tokens=chunk_tokens,
+        biases=biases,
     )
 
 
 def loss_of_targets(
     hidden_per_offset: Sequence[Tensor],
-    weight_VD: Tensor,
+    weight_VD: Unembeddings,
     targets_NM: Tensor,
     *,
     offset_weights: Sequence[float],
     counts_N: Tensor | None = None,
     soft_cap: SoftCap | None = None,
     chunk_tokens: int = 1024,
+    biases: Sequence[LowRankBias | None] | None = None,
 ) -> MultiTokenLoss:
     """`chunked_loss` for targets that are already shifted: row i of `targets_NM` belongs to hidden states i.
 
     Args:
         hidden_per_offset: N tensors [B, T, D].
-        weight_VD: the unembedding.
+        weight_VD: the unembedding, or one per offset.
         targets_NM: what each position must predict, -100 where nothing.
         offset_weights: N factors.
         counts_N: divide by these instead of the number of targets given.
         soft_cap: the family's logit soft-capping.
         chunk_tokens: rows of logits that are alive at once.
+        biases: N summands of the logits before soft-capping, or None where an offset has none.
     """
     num_targets_N = (targets_NM != IGNORE_INDEX).sum(dim=1)
-    hidden, weight = _as_linear_would(hidden_per_offset, weight_VD)
+    weights: list[Tensor] = []
+    hidden: list[Tensor] = []
+    summands: list[_Summands] = []
+    for index, weight in enumerate(_per_offset(weight_VD, len(hidden_per_offset))):
+        pairs = [(hidden_per_offset[index], weight)]
+        bias = None if biases is None else biases[index]
+        if bias is not None:
+            pairs.append((bias.hidden_BTR, bias.weight_VR))
+        places = []
+        for states, factor in pairs:
+            known = next((place for place, other in enumerate(weights) if other is factor), len(weights))
+            if known == len(weights):
+                weights.append(factor)
+            places.append((len(hidden), known))
+            hidden.append(states)
+        summands.append(tuple(places))
+    hidden, weights = _as_linear_would(hidden, weights)
     sum_dtype = torch.float64 if hidden[0].dtype == torch.float64 else torch.float32
     divisors_N = (num_targets_N if counts_N is None else counts_N.to(num_targets_N.device)).clamp(min=1)
     factors_N = torch.tensor(list(offset_weights), dtype=sum_dtype, device=targets_NM.device) / divisors_N.to(sum_dtype)
     total, sums_N = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        weight, targets_NM, factors_N, soft_cap or SoftCap(), chunk_tokens, *(h.flatten(0, 1) for h in hidden)
+        targets_NM,
+        factors_N,
+        soft_cap or SoftCap(),
+        chunk_tokens,
+        tuple(summands),
+        *weights,
+        *(h.flatten(0, 1) for h in hidden),
     )
     means_N = sums_N.detach() / num_targets_N.clamp(min=1).to(sum_dtype)
     return MultiTokenLoss(total=total, per_offset_N=means_N, num_targets_N=num_targets_N)
@@ -153,57 +198,68 @@ def _check_labels(labels_BT: Tensor, *, vocabulary_size: int) -> None:
         )
 
 
-def _as_linear_would(hidden_per_offset: Sequence[Tensor], weight_VD: Tensor) -> tuple[list[Tensor], Tensor]:
+def _per_offset(weight_VD: Unembeddings, num_offsets: int) -> list[Tensor]:
+    return [weight_VD] * num_offsets if isinstance(weight_VD, Tensor) else list(weight_VD)
+
+
+def _as_linear_would(hidden: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Autocast does not look into an autograd function, so cast here, where autograd sees it."""
-    device_type = weight_VD.device.type
-    if torch.is_autocast_enabled(device_type):
+    device_type = weights[0].device.type
+    dtype = weights[0].dtype
+    if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
-        if weight_VD.dtype != torch.float64:
-            return [hidden.to(dtype) for hidden in hidden_per_offset], weight_VD.to(dtype)
-    return [hidden.to(weight_VD.dtype) for hidden in hidden_per_offset], weight_VD
+    return [states.to(dtype) for states in hidden], [weight.to(dtype) for weight in weights]
+
+
+_Summands = tuple[tuple[int, int], ...]
+"""One offset's logits: the sum of hidden[i] @ weights[j].T over these pairs (i, j)."""
+
+_FIXED = 5  # arguments of the function below before its tensors
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum over offsets of factor x summed cross-entropy; gradients are computed in forward, chunk by chunk.
 
-    One function for all offsets keeps a single gradient buffer of the unembedding alive, whatever N is.
+    One function for all offsets keeps a single gradient buffer per unembedding alive, whatever N is.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        weight_VD: Tensor,
         targets_NM: Tensor,
         factors_N: Tensor,
         soft_cap: SoftCap,
         chunk_tokens: int,
-        *hidden_per_offset: Tensor,
+        summands: tuple[_Summands, ...],
+        *tensors: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        needs_weight = ctx.needs_input_grad[0]
-        needs_hidden = any(ctx.needs_input_grad[5:])
+        num_weights = 1 + max(weight for pairs in summands for _, weight in pairs)
+        weights, hidden = tensors[:num_weights], tensors[num_weights:]
+        needs = ctx.needs_input_grad[_FIXED:]
         sums_N = torch.zeros_like(factors_N)
-        grad_weight_VD = None
-        if needs_weight:
-            grad_weight_VD = torch.zeros_like(weight_VD, dtype=factors_N.dtype)
-        grad_hidden: list[Tensor] = []
-        for index, hidden_MD in enumerate(hidden_per_offset):
-            grad_hidden_MD = torch.empty_like(hidden_MD) if needs_hidden else None
-            for start in range(0, hidden_MD.shape[0], chunk_tokens):
+        grad_weights = [
+            torch.zeros_like(weight, dtype=factors_N.dtype) if needed else None
+            for weight, needed in zip(weights, needs[:num_weights], strict=True)
+        ]
+        needs_hidden = any(needs[num_weights:])
+        grad_hidden: list[Tensor | None] = [torch.empty_like(h) if needs_hidden else None for h in hidden]
+        for index, pairs in enumerate(summands):
+            for start in range(0, targets_NM.shape[1], chunk_tokens):
                 rows = slice(start, start + chunk_tokens)
                 sums_N[index] += _chunk(
-                    hidden_MD[rows],
-                    weight_VD,
                     targets_NM[index, rows],
+                    [hidden[i][rows] for i, _ in pairs],
+                    [weights[j] for _, j in pairs],
                     soft_cap=soft_cap,
-                    grad_hidden_CD=None if grad_hidden_MD is None else grad_hidden_MD[rows],
-                    grad_weight_VD=grad_weight_VD,
+                    grad_hidden=[None if (grad := grad_hidden[i]) is None else grad[rows] for i, _ in pairs],
+                    grad_weights=[grad_weights[j] for _, j in pairs],
                     factor=factors_N[index],
                 )
-            if grad_hidden_MD is not None:
-                grad_hidden.append(grad_hidden_MD)
-        ctx.save_for_backward(factors_N, *grad_hidden)
-        ctx.grad_weight_VD = None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype)
-        ctx.num_offsets = len(hidden_per_offset)
+        ctx.save_for_backward(factors_N, *(grad for grad in grad_hidden if grad is not None))
+        ctx.grad_weights = [
+            None if grad is None else grad.to(weight.dtype) for grad, weight in zip(grad_weights, weights, strict=True)
+        ]
+        ctx.offset_of = [index for index, pairs in enumerate(summands) for _ in pairs]
         ctx.mark_non_differentiable(sums_N)
         ctx.set_materialize_grads(False)
         return (sums_N * factors_N).sum(), sums_N
@@ -213,62 +269,68 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_total = grad_outputs[0]
         if grad_total is None:
-            return (None,) * (5 + int(ctx.num_offsets))
+            return (None,) * (_FIXED + len(ctx.grad_weights) + len(ctx.offset_of))
         factors_N, *grad_hidden = ctx.saved_tensors
         scales_N = factors_N * grad_total
-        scaled: list[Tensor | None] = [None] * ctx.num_offsets
-        for index, grad_MD in enumerate(grad_hidden):
-            scaled[index] = grad_MD * scales_N[index].to(grad_MD.dtype)
-        grad_weight_VD: Tensor | None = ctx.grad_weight_VD
-        if grad_weight_VD is not None:
-            grad_weight_VD = grad_weight_VD * grad_total.to(grad_weight_VD.dtype)
-        return (grad_weight_VD, None, None, None, None, *scaled)
+        scaled: list[Tensor | None] = [None] * len(ctx.offset_of)
+        for place, grad_MD in enumerate(grad_hidden):
+            scaled[place] = grad_MD * scales_N[ctx.offset_of[place]].to(grad_MD.dtype)
+        grad_weights = [None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.grad_weights]
+        return ((None,) * _FIXED) + (*grad_weights, *scaled)
 
 
 def _chunk(
-    hidden_CD: Tensor,
-    weight_VD: Tensor,
     targets_C: Tensor,
+    hidden: Sequence[Tensor],
+    weights: Sequence[Tensor],
     *,
     soft_cap: SoftCap,
-    grad_hidden_CD: Tensor | None,
-    grad_weight_VD: Tensor | None,
+    grad_hidden: Sequence[Tensor | None],
+    grad_weights: Sequence[Tensor | None],
     factor: Tensor,
 ) -> Tensor:
-    """Summed negative log-likelihood of one chunk; fills grad_hidden_CD and adds factor x gradient to grad_weight_VD.
+    """Summed negative log-likelihood of one chunk; fills grad_hidden and adds factor x gradient to grad_weights.
 
     Works in place on one [C, V] buffer. Ignored rows are zeroed, not multiplied by zero, so that a NaN in padding stays
     there.
     """
     valid_C1 = (targets_C != IGNORE_INDEX)[:, None]
-    hidden_CD = hidden_CD.masked_fill(~valid_C1, 0)
+    hidden = [states_CD.masked_fill(~valid_C1, 0) for states_CD in hidden]
     labels_C1 = targets_C.clamp(min=0)[:, None]
-    buffer_CV = hidden_CD @ weight_VD.T
+    buffer_CV = hidden[0] @ weights[0].T
+    for states_CR, weight_VR in zip(hidden[1:], weights[1:], strict=True):
+        buffer_CV += states_CR @ weight_VR.T
     if buffer_CV.dtype not in (torch.float32, torch.float64):
         buffer_CV = buffer_CV.float()
+    wants_gradients = any(grad is not None for grad in (*grad_hidden, *grad_weights))
     cap_slope_CV = None
     if soft_cap.cap is not None:
         buffer_CV = soft_cap(buffer_CV)
-        if grad_hidden_CD is not None or grad_weight_VD is not None:
+        if wants_gradients:
             cap_slope_CV = 1 - (buffer_CV / soft_cap.cap).square_()
     buffer_CV.sub_(buffer_CV.amax(dim=1, keepdim=True))
     label_logits_C1 = buffer_CV.gather(1, labels_C1)
     buffer_CV.exp_()
     sum_exp_C1 = buffer_CV.sum(dim=1, keepdim=True)
     nll_C1 = (sum_exp_C1.log() - label_logits_C1).masked_fill_(~valid_C1, 0)
-    if grad_hidden_CD is None and grad_weight_VD is None:
+    if not wants_gradients:
         return nll_C1.sum()
     buffer_CV.div_(sum_exp_C1)
     buffer_CV.scatter_add_(1, labels_C1, torch.full_like(nll_C1, -1.0))
     if cap_slope_CV is not None:
         buffer_CV.mul_(cap_slope_CV)
     buffer_CV.masked_fill_(~valid_C1, 0)
-    grad_logits_CV = buffer_CV.to(weight_VD.dtype)
-    if grad_hidden_CD is not None:
-        torch.mm(grad_logits_CV, weight_VD, out=grad_hidden_CD)
-    if grad_weight_VD is not None:
-        if grad_logits_CV.dtype == grad_weight_VD.dtype:
-            grad_weight_VD.addmm_(grad_logits_CV.T, hidden_CD * factor)
-        else:
-            grad_weight_VD.add_((grad_logits_CV.T @ hidden_CD).to(grad_weight_VD.dtype) * factor)
+    grad_logits_CV = buffer_CV.to(weights[0].dtype)
+    for states_CD, weight_VD, grad_CD, grad_VD in zip(hidden, weights, grad_hidden, grad_weights, strict=True):
+        if grad_CD is not None:
+            torch.mm(grad_logits_CV, weight_VD, out=grad_CD)
+        if grad_VD is not None:
+            _add_weight_gradient(grad_VD, grad_logits_CV, states_CD, factor)
     return nll_C1.sum()
+
+
+def _add_weight_gradient(grad_VD: Tensor, grad_logits_CV: Tensor, hidden_CD: Tensor, factor: Tensor) -> None:
+    if grad_logits_CV.dtype == grad_VD.dtype:
+        grad_VD.addmm_(grad_logits_CV.T, hidden_CD * factor)
+    else:
+        grad_VD.add_((grad_logits_CV.T @ hidden_CD).to(grad_VD.dtype) * factor)

@@ -6,16 +6,24 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from headway.errors import ConfigError
+from headway.heads.options import (
+    CHANGES_BASE,
+    HeadArchitecture,
+    HeadInit,
+    HeadOptions,
+    Wiring,
+    check_options,
+    decoder_layers,
+    options_from,
+)
 
 FORMAT_VERSION = 1
 """Version of `mtp/config.json`; raised when a reader of the old one would misread the new one."""
 
-HeadArchitecture = Literal["transformer"]
-Wiring = Literal["parallel"]
-HeadInit = Literal["copy", "fresh"]
+__all__ = ["FORMAT_VERSION", "HeadArchitecture", "HeadInit", "MultiTokenConfig", "Wiring"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,15 +33,18 @@ class MultiTokenConfig:
     Attributes:
         num_future_tokens: n, tokens predicted per position including the next one; 1 is the plain model. Other projects
             count extra heads, n - 1.
-        heads: architecture of heads 2..n; "transformer" is one decoder layer of the base's family per offset
-            (Gloeckle et al. 2024, section 2).
-        wiring: where a head reads; "parallel": every head from the trunk.
+        heads: architecture of heads 2..n; one file of `headway.heads` each. "transformer" is one decoder layer of the
+            base's family per offset (Gloeckle et al. 2024, section 2).
+        wiring: where a transformer head reads; "parallel": every head from the trunk. This field and those from
+            `allow_base_change` to `markov_rank` are described in `headway.heads.options.HeadOptions`; each belongs to
+            some architectures and is refused elsewhere.
         offset_weights: n loss weights, offset 1 first; None means all 1, as in the paper.
-        head_init: "copy" starts every head as the base's last layer, "fresh" draws it as the family draws a new layer.
+        head_init: "copy" starts every head from the base's own weights (a transformer head as its last layer, a linear,
+            medusa, hydra or replicated one as the next-token head); "fresh" draws it as the family draws new weights.
         loss_chunk_tokens: rows of logits alive at once in the loss.
 
     Raises:
-        ConfigError: a value outside its range.
+        ConfigError: a value outside its range, or an option that the architecture does not take.
     """
 
     num_future_tokens: int
@@ -42,6 +53,14 @@ class MultiTokenConfig:
     offset_weights: tuple[float, ...] | None = None
     head_init: HeadInit = "copy"
     loss_chunk_tokens: int = 1024
+    allow_base_change: bool = False
+    layers_per_head: int = 1
+    tap_back: int = 0
+    blocks_per_head: int = 1
+    own_unembedding: bool | None = None
+    share_modules: bool = False
+    own_output_norm: bool = False
+    markov_rank: int = 0
 
     def __post_init__(self) -> None:
         if (
@@ -53,10 +72,9 @@ class MultiTokenConfig:
                 f"num_future_tokens must be a whole number >= 1 (it includes the next token): got "
                 f"{self.num_future_tokens!r}; pass 1 for the plain model, 4 for three extra heads"
             )
-        for name, choices in (("heads", HeadArchitecture), ("wiring", Wiring), ("head_init", HeadInit)):
-            value = getattr(self, name)
-            if value not in get_args(choices):
-                raise ConfigError(f"{name} must be one of {', '.join(get_args(choices))}: got {value!r}")
+        if self.head_init not in get_args(HeadInit):
+            raise ConfigError(f"head_init must be one of {', '.join(get_args(HeadInit))}: got {self.head_init!r}")
+        check_options(self.heads, self.head_options)
         if self.offset_weights is not None:
             weights = tuple(float(weight) for weight in self.offset_weights)
             object.__setattr__(self, "offset_weights", weights)
@@ -70,9 +88,28 @@ class MultiTokenConfig:
         if self.loss_chunk_tokens < 1:
             raise ConfigError(f"loss_chunk_tokens must be >= 1: got {self.loss_chunk_tokens}")
 
+    @property
+    def head_options(self) -> HeadOptions:
+        """The fields that belong to some architectures only."""
+        return options_from(self)
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the heads are part of the next-token path, so that the base alone is not a model."""
+        return self.wiring in CHANGES_BASE and self.num_future_tokens > 1
+
+    @property
+    def num_decoder_layers(self) -> int:
+        """Decoder layers that the heads own."""
+        return decoder_layers(self.heads, self.head_options, num_heads=self.num_future_tokens - 1)
+
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready fields; `from_dict` reads them back to an equal object."""
-        values = asdict(self)
+        """JSON-ready fields; `from_dict` reads them back to an equal object.
+
+        Options that ask for nothing are left out, so that what an older headway can read is written as it wrote it.
+        """
+        later = {field.name: field.default for field in fields(HeadOptions) if field.name != "wiring"}
+        values = {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
         if self.offset_weights is not None:
             values["offset_weights"] = list(self.offset_weights)
         return values

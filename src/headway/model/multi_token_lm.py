@@ -11,6 +11,7 @@ Legend: B batch, T positions, D width, V vocabulary, N future tokens, L layers o
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from os import PathLike
 from typing import Any, ClassVar, Protocol, cast
 
@@ -20,15 +21,17 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedConfig
 from transformers.cache_utils import DynamicCache
 
 from headway.errors import ConfigError, DecodingError
-from headway.heads.transformer import transformer_heads
-from headway.losses.chunked import MultiTokenLoss, chunked_loss
+from headway.functional.targets import IGNORE_INDEX, shift_targets
+from headway.heads.base import BaseParts, HeadInputs
+from headway.heads.build import build_heads
+from headway.losses.chunked import LowRankBias, MultiTokenLoss, chunked_loss
 from headway.model.checkpoint import load_model, save_heads, save_model
 from headway.model.config import MultiTokenConfig
 from headway.model.documents import AttentionMask, isolating_mask, positions_from_documents
 from headway.model.families import check_config, check_parity, check_shared_parts, resolve_family
 from headway.model.output import MultiTokenOutput, OffsetHiddenStates
 from headway.model.resuming import restore_heads_too
-from headway.model.tap import LastLayerTap
+from headway.model.tap import BaseTap
 
 
 class DecodingEngine(Protocol):
@@ -72,7 +75,7 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
     Attributes:
         base: the Hugging Face model, untouched.
-        heads: n - 1 modules; item i predicts offset i + 2.
+        heads: one architecture (`headway.heads`) for offsets 2..n; item i of transformer heads predicts offset i + 2.
         mtp_config: what was added.
         family: the parts of the base that the heads use.
         tensor_names: names of the state dict as the model was made, adapters and wrappers not counted.
@@ -97,21 +100,29 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
         Raises:
             IncompatibleModelError: see `headway.model.families`.
+            ConfigError: heads that change the next-token path without leave to do so, or that read a layer which the
+                base does not have.
         """
         family = resolve_family(base)
+        _check_attachable(mtp_config, num_layers=len(family.layers))
         super().__init__(base.config)
         self.mtp_config = mtp_config
         self.family = family
-        self.heads = transformer_heads(
-            family.last_layer,
-            num_heads=mtp_config.num_future_tokens - 1,
-            first_layer_idx=len(family.layers),
-            initialize=base._init_weights if mtp_config.head_init == "fresh" else None,
+        parts = BaseParts(
+            last_layer=family.last_layer,
+            norm=family.norm,
+            unembedding=family.lm_head,
+            num_layers=len(family.layers),
+            initialize=base._init_weights,
+            fresh=mtp_config.head_init == "fresh",
+        )
+        self.heads = build_heads(
+            mtp_config.heads, mtp_config.head_options, parts, num_heads=mtp_config.num_future_tokens - 1
         )
         self.base = base
         self.generation_config = base.generation_config
         self.name_or_path = base.name_or_path
-        self._tap = LastLayerTap(family.last_layer)
+        self._tap = BaseTap(family.layers, family.norm, self.heads.reading)
         self.post_init()
         # So that the Trainer counts the targets of the next token, as it does for the base.
         self.loss_type = "ForCausalLM"
@@ -131,13 +142,18 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     # ------------------------------------------------------------------------------------------------ building
 
     @classmethod
-    def from_config(cls, base_config: Any, mtp_config: MultiTokenConfig, **kwargs: Any) -> MultiTokenLM:
-        """A model with random weights whose parameter count is that of an L-layer plain model.
+    def from_config(
+        cls, base_config: Any, mtp_config: MultiTokenConfig, *, shorten_trunk: bool = True, **kwargs: Any
+    ) -> MultiTokenLM:
+        """A model with random weights; with transformer heads its parameter count is that of an L-layer plain model.
 
         Args:
-            base_config: `num_hidden_layers` is L in all; the base gets L - n + 1, lists with one entry per layer are cut
-                with it. The configuration given is not changed.
+            base_config: `num_hidden_layers` is L in all; the base gets L less the decoder layers of the heads (L - n + 1
+                with one per head), lists with one entry per layer are cut with it. The configuration given is not
+                changed.
             mtp_config: heads are always drawn fresh here.
+            shorten_trunk: off, the base keeps all L layers and the heads come on top (the "+3 layers" rows of the paper's
+                Tables S4 and S6).
             kwargs: for `AutoModelForCausalLM.from_config`, such as dtype or attn_implementation.
 
         Raises:
@@ -146,8 +162,10 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
         Source: Gloeckle et al. 2024, section 3 (equal parameter counts: n - 1 head layers, n - 1 trunk layers fewer).
         """
-        base = AutoModelForCausalLM.from_config(trunk_config(base_config, mtp_config), **kwargs)
-        fresh = MultiTokenConfig.from_dict(mtp_config.to_dict() | {"head_init": "fresh"})
+        shape = trunk_config(base_config, mtp_config) if shorten_trunk else copy.deepcopy(base_config)
+        check_config(shape)
+        base = AutoModelForCausalLM.from_config(shape, **kwargs)
+        fresh = replace(mtp_config, head_init="fresh", allow_base_change=mtp_config.changes_base)
         return cls(base, fresh)
 
     @classmethod
@@ -296,14 +314,15 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             num_offsets=self.num_future_tokens if all_offsets else 1,
+            document_ids=document_ids,
+            padding_mask=padding_mask,
             **kwargs,
         )
-        hidden = [states.last_hidden_BTD, *(self.final_norm(head_BTD) for head_BTD in states.future_hidden)]
         loss: MultiTokenLoss | None = None
         if labels is not None:
             loss = chunked_loss(
-                hidden,
-                self.family.lm_head.weight,
+                [self.before_unembedding(hidden, offset=k) for k, hidden in enumerate(states.hidden, start=1)],
+                [self.unembedding(offset).weight for offset in range(1, self.num_future_tokens + 1)],
                 labels.to(source.device),
                 offset_weights=self.mtp_config.offset_weights,
                 position_ids_BT=position_ids,
@@ -312,11 +331,18 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
                 num_valid_targets_N=self._counts(num_valid_targets, num_items_in_batch, source.device),
                 soft_cap=self.family.soft_cap,
                 chunk_tokens=self.mtp_config.loss_chunk_tokens,
+                biases=self._biases(states),
             )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         future_logits = logits = None
         if return_future_logits:
-            future_logits = torch.stack([self.unembed(hidden_BTD[:, keep]) for hidden_BTD in hidden], dim=2)
+            per_offset = [
+                self.offset_logits(
+                    hidden_BTD[:, keep], offset=k, previous=None if previous_BT is None else previous_BT[:, keep]
+                )
+                for k, (hidden_BTD, previous_BT) in enumerate(zip(states.hidden, states.previous, strict=True), start=1)
+            ]
+            future_logits = torch.stack(per_offset, dim=2)
             logits = future_logits[:, :, 0]
         elif labels is None or (plain_output if return_logits is None else return_logits):
             logits = self.unembed(states.last_hidden_BTD[:, keep])
@@ -342,6 +368,8 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         num_offsets: int | None = None,
+        document_ids: Tensor | None = None,
+        padding_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> OffsetHiddenStates:
         """One pass through trunk and heads, without unembedding; masks and caches reach the family's forward unchanged.
@@ -354,14 +382,22 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             inputs_embeds: embeddings instead of tokens.
             use_cache: as the family's own forward takes it.
             num_offsets: heads beyond this offset are not run; None runs all.
+            document_ids: for heads that read the tokens after a position: of its own document only.
+            padding_mask: the same for padding, where `attention_mask` is not [B, T] itself.
             kwargs: for the base's own forward.
 
         Raises:
-            ConfigError: a cache that the heads cannot use.
+            ConfigError: a cache that the heads cannot use, or embeddings instead of tokens for heads that read tokens.
         """
+        heads = self.heads
         check_shared_parts(self.base, self.family)
         wanted = self.num_future_tokens if num_offsets is None else num_offsets
-        if wanted > 1:
+        if wanted > 1 and heads.autoregressive and input_ids is None:
+            raise ConfigError(
+                f"{self.mtp_config.heads} heads read the tokens before an offset, which inputs_embeds does not tell; pass "
+                f"input_ids"
+            )
+        if wanted > 1 or heads.changes_base:
             past_key_values = self._cache_for_heads(past_key_values, use_cache)
         arguments: dict[str, Any] = {
             "input_ids": input_ids,
@@ -371,15 +407,39 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             "inputs_embeds": inputs_embeds,
             "use_cache": use_cache,
         }
-        future: tuple[Tensor, ...] = ()
-        with self._tap.armed():
+        if padding_mask is None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            padding_mask = attention_mask
+
+        def following(ahead: int) -> Tensor:
+            assert input_ids is not None
+            return shift_targets(
+                input_ids,
+                offset=ahead,
+                position_ids_BT=position_ids,
+                document_ids_BT=document_ids,
+                attention_mask_BT=padding_mask,
+            )
+
+        with self._tap.armed(splice=heads.splice if heads.changes_base and heads.num_heads else None) as tap:
             decoder_output = self.family.decoder(**arguments, **kwargs)
-            if wanted > 1:
-                call = self._tap.call
-                future = tuple(call.replay(head) for head in list(self.heads)[: wanted - 1])
+            inputs = HeadInputs(
+                hidden_BTD=tap.reading(decoder_output[0]),
+                call=tap.call,
+                embed=self.get_input_embeddings(),
+                following=following,
+                spliced=tap.spliced,
+            )
+        future: tuple[Tensor, ...] = ()
+        if wanted > 1:
+            # A growing cache cannot take back what heads compute from tokens that are not there yet.
+            teacher = heads.reads_tokens and (past_key_values is None or isinstance(past_key_values, DynamicCache))
+            readable = replace(inputs, call=inputs.call.without_cache()) if teacher else inputs
+            future = heads.future_hidden(readable, num_heads=wanted - 1)
         return OffsetHiddenStates(
             last_hidden_BTD=decoder_output[0],
             future_hidden=future,
+            previous_tokens=tuple(following(ahead) for ahead in range(1, wanted)) if heads.autoregressive else None,
+            head_inputs=inputs if heads.autoregressive else None,
             past_key_values=getattr(decoder_output, "past_key_values", None),
             hidden_states=getattr(decoder_output, "hidden_states", None),
             attentions=getattr(decoder_output, "attentions", None),
@@ -390,8 +450,50 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         return cast(Tensor, self.family.norm(hidden))
 
     def unembed(self, hidden: Tensor) -> Tensor:
-        """Logits of normed hidden states [..., D] -> [..., V], with the family's soft-capping."""
+        """Offset-1 logits of normed hidden states [..., D] -> [..., V], with the family's soft-capping."""
         return self.family.soft_cap(self.family.lm_head(hidden))
+
+    def unembedding(self, offset: int) -> nn.Linear:
+        """The output matrix of an offset: its own where the heads have one each, else the base's."""
+        return self.heads.unembedding(offset) or self.family.lm_head
+
+    def before_unembedding(self, hidden: Tensor, *, offset: int) -> Tensor:
+        """Hidden states as `offset_hidden_states` gives them -> what the unembedding of their offset multiplies."""
+        return hidden if offset == 1 or not self.heads.uses_final_norm else self.final_norm(hidden)
+
+    def offset_logits(self, hidden: Tensor, *, offset: int, previous: Tensor | None = None) -> Tensor:
+        """Logits of one offset: norm, unembedding, bias of the previous token and soft-capping, as its heads have them.
+
+        Args:
+            hidden: [..., D] of this offset, as `offset_hidden_states` gives them.
+            offset: from 1.
+            previous: token at the previous offset [...], for heads that draft in turn; where it is -100, there is none and
+                the logits are NaN.
+
+        Raises:
+            ConfigError: no previous tokens for a biased head.
+        """
+        markov = None if offset == 1 else self.heads.markov
+        logits = self.unembedding(offset)(self.before_unembedding(hidden, offset=offset))
+        if markov is not None:
+            if previous is None:
+                raise ConfigError(
+                    f"the logits of offset {offset} need the tokens at offset {offset - 1}; pass previous="
+                )
+            logits = logits + markov(previous)
+        logits = self.family.soft_cap(logits)
+        if previous is None or offset == 1:
+            return logits
+        return logits.masked_fill((previous == IGNORE_INDEX)[..., None], torch.nan)
+
+    def _biases(self, states: OffsetHiddenStates) -> list[LowRankBias | None] | None:
+        markov = self.heads.markov
+        if markov is None:
+            return None
+        return [
+            None if previous_BT is None else LowRankBias(markov.states(previous_BT), markov.to_logits.weight)
+            for previous_BT in states.previous
+        ]
 
     def _isolate(
         self,
@@ -429,13 +531,23 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         return torch.as_tensor(num_items_in_batch, device=device).reshape(-1)[:1].expand(self.num_future_tokens)
 
     def _cache_for_heads(self, past_key_values: Any | None, use_cache: bool | None) -> Any | None:
+        needed = self.heads.cache_layers(self.num_future_tokens - 1)
+        if past_key_values is None and (needed == 0 or self.heads.reads_tokens):
+            return None
         if past_key_values is None:
             # Heads write at layer indices L, L+1, ...; a cache built from the config has L layers only.
             wants_cache = self.config.use_cache if use_cache is None else use_cache
             checkpointing = self.training and self.is_activation_checkpointing
             return DynamicCache() if wants_cache and not checkpointing else None
-        if isinstance(past_key_values, DynamicCache):
+        if isinstance(past_key_values, DynamicCache) and needed:
             base_layers, seen = len(self.family.layers), past_key_values.get_seq_length()
+            if self.heads.reads_tokens:
+                if seen:
+                    raise ConfigError(
+                        f"{self.mtp_config.heads} heads cannot continue a cache: their keys and values depend on tokens "
+                        f"that come later; pass the whole text without past_key_values, or use generate"
+                    )
+                return past_key_values
             filled = past_key_values.get_seq_length(base_layers) if len(past_key_values.layers) > base_layers else 0
             if filled != seen or getattr(past_key_values, "layer_class_to_replicate", True) is None:
                 raise ConfigError(
@@ -490,13 +602,37 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         return cast(nn.Module, self.base.get_output_embeddings())
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replace the unembedding of the base and so of every offset."""
+        """Replace the unembedding of the base and so of every offset that shares it.
+
+        Raises:
+            ConfigError: another number of tokens where heads have matrices of the vocabulary's size themselves.
+        """
+        rows = cast(Tensor, new_embeddings.weight).shape[0]
+        own = self.heads.unembeddings is not None or self.heads.markov is not None
+        if own and rows != self.family.lm_head.weight.shape[0]:
+            raise ConfigError(
+                f"a vocabulary of {rows} tokens does not fit heads that have matrices for "
+                f"{self.family.lm_head.weight.shape[0]}; resize the base first and attach the heads then"
+            )
         self.base.set_output_embeddings(new_embeddings)
         self.family = resolve_family(self.base)
 
 
+def _check_attachable(mtp_config: MultiTokenConfig, *, num_layers: int) -> None:
+    if mtp_config.changes_base and not mtp_config.allow_base_change:
+        raise ConfigError(
+            f"wiring={mtp_config.wiring!r} puts the heads into the next-token path, so that a pretrained base is no longer "
+            f"the model it was; train from scratch with MultiTokenLM.from_config, or pass allow_base_change=True"
+        )
+    if mtp_config.tap_back >= num_layers:
+        raise ConfigError(
+            f"tap_back={mtp_config.tap_back} reads before the first of the base's {num_layers} layers; pass at most "
+            f"{num_layers - 1}"
+        )
+
+
 def trunk_config(base_config: Any, mtp_config: MultiTokenConfig) -> Any:
-    """The configuration of the base inside an L-layer multi-token model: L - n + 1 layers.
+    """The configuration of the base inside an L-layer multi-token model: L less the decoder layers of the heads.
 
     Raises:
         ConfigError: n is larger than the layers allow.
@@ -504,11 +640,13 @@ def trunk_config(base_config: Any, mtp_config: MultiTokenConfig) -> Any:
     """
     check_config(base_config)
     total, future = int(base_config.num_hidden_layers), mtp_config.num_future_tokens
-    kept = total - future + 1
+    taken = mtp_config.num_decoder_layers
+    kept = total - taken
     if kept < 1:
+        fits = 1 + (total - 1) * (future - 1) // taken
         raise ConfigError(
-            f"num_future_tokens={future} needs at least {future} layers in all (n - 1 heads and the base's last): got "
-            f"num_hidden_layers={total}; lower num_future_tokens to {total} or add layers"
+            f"num_future_tokens={future} needs at least {taken + 1} layers in all ({taken} of the heads and the base's "
+            f"last): got num_hidden_layers={total}; lower num_future_tokens to {fits} or add layers"
         )
     config = copy.deepcopy(base_config)
     for name, value in vars(config).items():

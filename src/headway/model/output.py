@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from headway.heads.base import HeadInputs
+
 
 @dataclass
 class MultiTokenOutput(ModelOutput):  # type: ignore[misc]
@@ -38,7 +40,11 @@ class OffsetHiddenStates:
 
     Attributes:
         last_hidden_BTD: offset 1, after the final norm (the base's own decoder applies it).
-        future_hidden: offsets 2..; item i is offset i + 2, before the final norm.
+        future_hidden: offsets 2..; item i is offset i + 2, as the head gives it (`MultiTokenLM.before_unembedding` applies
+            the final norm where the heads use it).
+        previous_tokens: per item of `future_hidden` the token just before the predicted one [B, T], -100 where there is
+            none; None for heads that do without.
+        head_inputs: what heads that draft in turn start from; None for others.
         past_key_values: the cache that the base used.
         hidden_states: the base's own, where asked for.
         attentions: the base's own, where asked for.
@@ -46,6 +52,18 @@ class OffsetHiddenStates:
 
     last_hidden_BTD: Tensor
     future_hidden: tuple[Tensor, ...]
+    previous_tokens: tuple[Tensor, ...] | None = None
+    head_inputs: HeadInputs | None = None
     past_key_values: Any | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+
+    @property
+    def hidden(self) -> tuple[Tensor, ...]:
+        """Hidden states of every offset, from offset 1 on."""
+        return (self.last_hidden_BTD, *self.future_hidden)
+
+    @property
+    def previous(self) -> tuple[Tensor | None, ...]:
+        """Per offset, from offset 1 on, the tokens that `MultiTokenLM.offset_logits` wants; None where it wants none."""
+        return (None, *(self.previous_tokens or (None,) * len(self.future_hidden)))

@@ -1,46 +1,52 @@
-"""A tap on the last layer: what it was called with, so that head layers can be called the same way."""
+"""A tap on the base: what its last layer was called with, and its hidden states where heads read them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
+from headway.heads.base import LayerCall, Reading
 
-@dataclass(frozen=True)
-class LayerCall:
-    """One call of a decoder layer, split into its hidden states and everything else.
+__all__ = ["BaseTap", "LayerCall"]
 
-    Attributes:
-        hidden_BTD: the layer's input, the trunk's output z.
-        args: further positional arguments, as the family's own forward built them.
-        kwargs: keyword arguments: mask, rotary embeddings, position ids, cache.
+Splice = Callable[[LayerCall], tuple[Tensor, ...]]
+
+
+class BaseTap:
+    """Records the next pass of the base while armed; costs an attribute test per hook otherwise.
+
+    The hooks sit outside gradient checkpointing and outside a compiled `forward`, so what they see carries the graph.
     """
 
-    hidden_BTD: Tensor
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    def __init__(self, layers: nn.ModuleList, norm: nn.Module, reading: Reading) -> None:
+        """Hook the last layer and, where heads read elsewhere, that place.
 
-    def replay(self, layer: nn.Module, hidden_BTD: Tensor | None = None) -> Tensor:
-        """Call another layer of the same family on the same input (or on `hidden_BTD`), with the same arguments."""
-        output = layer(self.hidden_BTD if hidden_BTD is None else hidden_BTD, *self.args, **self.kwargs)
-        return cast(Tensor, output[0] if isinstance(output, tuple) else output)
-
-
-class LastLayerTap:
-    """Records the next call of a layer while armed; costs one attribute test otherwise.
-
-    The hook sits outside gradient checkpointing and outside a compiled `forward`, so what it sees carries the graph.
-    """
-
-    def __init__(self, layer: nn.Module) -> None:
+        Args:
+            layers: the base's decoder layers.
+            norm: its final norm.
+            reading: where heads read.
+        """
         self._armed = False
         self._cut = False
+        self._splice: Splice | None = None
         self._call: LayerCall | None = None
-        self._handle = layer.register_forward_pre_hook(self._record, with_kwargs=True)
+        self._read_BTD: Tensor | None = None
+        self._spliced: tuple[Tensor, ...] = ()
+        self._reads_here = reading.point == "layer_input" and reading.layers_back == 0
+        handles = [layers[-1].register_forward_pre_hook(self._record, with_kwargs=True)]
+        if reading.point == "layer_input" and reading.layers_back:
+            handles.append(layers[-1 - reading.layers_back].register_forward_pre_hook(self._read, with_kwargs=True))
+        elif reading.point == "final_residual":
+            handles.append(norm.register_forward_pre_hook(self._read, with_kwargs=True))
+        self._handles = handles
+
+    def _read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # The final norm serves the heads as well: only the base's own call, the first, is of interest.
+        if self._armed and self._read_BTD is None:
+            self._read_BTD = args[0] if args else kwargs["hidden_states"]
 
     def _record(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -53,6 +59,11 @@ class LastLayerTap:
             rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
             call = LayerCall(kwargs["hidden_states"], (), rest)
         self._call = call
+        if self._reads_here:
+            self._read_BTD = call.hidden_BTD
+        if self._splice is not None:
+            self._spliced = self._splice(call)
+            return (self._spliced[0], *call.args), call.kwargs
         if not self._cut:
             return None
         # The per-head schedule: the last layer sees a leaf, so that its backward stops there and gradients of all heads
@@ -62,17 +73,24 @@ class LastLayerTap:
         return (leaf_BTD, *call.args), call.kwargs
 
     @contextmanager
-    def armed(self, *, cut: bool = False) -> Iterator[LastLayerTap]:
-        """Record calls inside the block; with `cut`, feed the layer a detached leaf instead of the trunk's output."""
-        self._armed, self._cut, self._call = True, cut, None
+    def armed(self, *, cut: bool = False, splice: Splice | None = None) -> Iterator[BaseTap]:
+        """Record one pass inside the block.
+
+        Args:
+            cut: feed the last layer a detached leaf instead of the trunk's output.
+            splice: run this before the last layer, which then reads its first output.
+        """
+        self._armed, self._cut, self._splice = True, cut, splice
+        self._call, self._read_BTD, self._spliced = None, None, ()
         try:
             yield self
         finally:
-            self._armed, self._cut, self._call = False, False, None
+            self._armed, self._cut, self._splice = False, False, None
+            self._call, self._read_BTD, self._spliced = None, None, ()
 
     @property
     def call(self) -> LayerCall:
-        """The recorded call.
+        """How the last layer was called.
 
         Raises:
             RuntimeError: the layer did not run, a bug of the caller.
@@ -81,6 +99,16 @@ class LastLayerTap:
             raise RuntimeError("the last layer was not called while its tap was armed")
         return self._call
 
+    def reading(self, final_hidden_BTD: Tensor) -> Tensor:
+        """The hidden states at the place that heads read; `final_hidden_BTD` where that is the base's own output."""
+        return final_hidden_BTD if self._read_BTD is None else self._read_BTD
+
+    @property
+    def spliced(self) -> tuple[Tensor, ...]:
+        """What `splice` gave."""
+        return self._spliced
+
     def remove(self) -> None:
-        """Take the hook off the layer."""
-        self._handle.remove()
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()

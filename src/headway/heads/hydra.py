@@ -1,0 +1,89 @@
+"""Hydra heads: Medusa-like, but an offset also sees the embeddings of the tokens before it.
+
+Legend: B batch, T positions, D width, V vocabulary.
+
+    u_k = [h_t; e(x_{t+1}); ...; e(x_{t+k-1})]                        k x D wide
+    logits_k = U_k g_m(... g_2(R_k u_k + SiLU(W_k u_k + b_k))),       g_j(x) = x + SiLU(W_j x + b_j)
+
+with h the base's hidden state after its final norm and e its token embedding. W and b start at zero; R_k as [I 0 ... 0]
+and U_k as a copy of the base's unembedding, so every head begins as the next-token head. In training the tokens are the
+text's, in decoding those drafted so far.
+
+Source: Ankner et al. 2024 (arXiv:2402.05109) and its code (hydra_heads/mlp_head.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from headway.heads.base import BaseParts, DraftPoint, DraftStep, HeadInputs, Heads, Reading
+from headway.heads.options import HeadOptions
+from headway.heads.silu_block import SiluBlock, zero_linear
+
+
+class HydraBody(nn.Module):
+    """The map of one offset from its hidden state and the embeddings before it."""
+
+    def __init__(self, parts: BaseParts, *, offset: int, blocks: int) -> None:
+        super().__init__()
+        width = parts.width
+        self.skip = parts.linear(offset * width, width)
+        self.inner = zero_linear(parts, offset * width, width)
+        self.blocks = nn.Sequential(*(SiluBlock(parts) for _ in range(blocks - 1)))
+        if not parts.fresh:
+            with torch.no_grad():
+                self.skip.weight.copy_(torch.eye(width, offset * width))
+
+    def forward(self, *parts: Tensor) -> Tensor:
+        """Hidden states of this offset, ready for its unembedding, from `offset` tensors [..., D]."""
+        hidden = _of_concatenation(parts, self.skip) + F.silu(_of_concatenation(parts, self.inner))
+        deeper: Tensor = self.blocks(hidden)
+        return deeper
+
+
+class HydraHeads(Heads):
+    """One map per offset; offsets are drafted in turn."""
+
+    uses_final_norm = False
+    reads_tokens = True
+    reading = Reading("final_hidden")
+
+    def __init__(self, parts: BaseParts, options: HeadOptions, *, num_heads: int) -> None:
+        own = options.own_unembedding is not False
+        super().__init__(
+            [HydraBody(parts, offset=index + 2, blocks=options.blocks_per_head) for index in range(num_heads)],
+            num_heads=num_heads,
+            unembeddings=parts.new_unembeddings(num_heads) if own else None,
+        )
+
+    def future_hidden(self, inputs: HeadInputs, *, num_heads: int) -> tuple[Tensor, ...]:
+        """See `Heads.future_hidden`."""
+        seen, future = [inputs.hidden_BTD], []
+        for index, body in enumerate(self.bodies[:num_heads]):
+            seen.append(inputs.embedded(index + 1))
+            future.append(body(*seen))
+        return tuple(future)
+
+    def begin_draft(self, point: DraftPoint) -> DraftStep:
+        """See `Heads.begin_draft`."""
+        seen = [point.at(point.inputs.hidden_BTD)]
+
+        def step(offset: int, previous_B: Tensor) -> Tensor:
+            seen.append(point.inputs.embed(previous_B))
+            hidden_BD: Tensor = self.bodies[offset - 2](*seen)
+            return hidden_BD
+
+        return step
+
+
+def _of_concatenation(parts: Sequence[Tensor], linear: nn.Linear) -> Tensor:
+    """`linear` of the concatenated parts, one part at a time: the concatenation of many offsets is never in memory."""
+    width = parts[0].shape[-1]
+    total = F.linear(parts[0], linear.weight[:, :width], linear.bias)
+    for index, part in enumerate(parts[1:], start=1):
+        total = total + F.linear(part, linear.weight[:, index * width : (index + 1) * width])
+    return total

@@ -1,0 +1,121 @@
+"""Sequential modules: each depth reads the depth before it and the embedding of the token in between.
+
+Legend: B batch, T positions, W positions of one pass, D width, L layers of the base.
+
+    h_k'(t) = M_k [norm(h_{k-1}(t)); norm(e(x_{t+k-1}))]          M_k of D x 2D, two norms
+    h_k = layer_k(h_k')                                           one decoder layer of the family, offsets k = 2..n
+
+h_1 is the base's hidden state after its final norm; h_k goes through the shared final norm and unembedding. With
+`share_modules` one module serves every depth (FastMTP). With `own_output_norm` each module ends with a norm of its own
+instead of the base's, and hands the normed state to the next depth (released checkpoints: `shared_head.norm`). The order
+of the concatenation is the paper's, hidden state first; released checkpoints have the embedding first.
+
+Keys and values: depth k keeps its own, at cache index L + k - 2, also where modules are shared. The entry of position p
+depends on the tokens up to p + k - 1, so after a draft was rejected the last ones are wrong. A pass therefore repeats the
+`lookback` = K - 1 known positions before the last known token (K drafted tokens): with them every depth computes again
+exactly the entries that a wrong draft could have entered, before anything reads them.
+
+Source: DeepSeek-V3 (arXiv:2412.19437), section 2.2; FastMTP (arXiv:2509.18362).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from headway.heads.base import (
+    BaseParts,
+    DraftPoint,
+    DraftStep,
+    HeadInputs,
+    Heads,
+    LayerCall,
+    Reading,
+    place_in_cache,
+)
+from headway.heads.options import HeadOptions
+
+
+class SequentialModule(nn.Module):
+    """Projection of a hidden state and an embedding, then one decoder layer."""
+
+    def __init__(self, parts: BaseParts, *, cache_index: int, own_output_norm: bool) -> None:
+        super().__init__()
+        self.hidden_norm = parts.new_norm()
+        self.embedding_norm = parts.new_norm()
+        self.projection = parts.linear(2 * parts.width, parts.width)
+        self.layer = parts.decoder_layer(cache_index)
+        self.output_norm = parts.new_norm() if own_output_norm else None
+
+    def forward(self, call: LayerCall, hidden_BTD: Tensor, embedded_BTD: Tensor) -> Tensor:
+        """Hidden states of the next depth."""
+        both = torch.cat((self.hidden_norm(hidden_BTD), self.embedding_norm(embedded_BTD)), dim=-1)
+        hidden_BTD = call.replay(self.layer, self.projection(both))
+        if self.output_norm is not None:
+            hidden_BTD = self.output_norm(hidden_BTD)
+        return hidden_BTD
+
+
+class SequentialHeads(Heads):
+    """A chain of modules; offsets are drafted in turn."""
+
+    reads_tokens = True
+    reading = Reading("final_hidden")
+
+    def __init__(self, parts: BaseParts, options: HeadOptions, *, num_heads: int) -> None:
+        count = min(num_heads, 1) if options.share_modules else num_heads
+        super().__init__(
+            [
+                SequentialModule(parts, cache_index=parts.num_layers + index, own_output_norm=options.own_output_norm)
+                for index in range(count)
+            ],
+            num_heads=num_heads,
+        )
+        self.uses_final_norm = not options.own_output_norm
+        self._first_cache_index = parts.num_layers
+
+    @property
+    def decoder_layers(self) -> list[nn.Module]:
+        """One per module."""
+        return [body.layer for body in self.bodies]  # type: ignore[misc]
+
+    def cache_layers(self, num_heads: int) -> int:
+        """One per depth, also where depths share a module."""
+        return num_heads
+
+    def lookback(self, num_heads: int) -> int:
+        """See the module's docstring."""
+        return max(0, num_heads - 1)
+
+    def future_hidden(self, inputs: HeadInputs, *, num_heads: int) -> tuple[Tensor, ...]:
+        """See `Heads.future_hidden`."""
+        hidden_BTD, future = inputs.hidden_BTD, []
+        for depth in range(1, num_heads + 1):
+            hidden_BTD = self._deepen(depth, inputs.call, hidden_BTD, inputs.embedded(depth))
+            future.append(hidden_BTD)
+        return tuple(future)
+
+    def begin_draft(self, point: DraftPoint) -> DraftStep:
+        """See `Heads.begin_draft`: every depth runs over all positions of the pass, the repeated ones included."""
+        rows_B = torch.arange(point.tokens_BW.shape[0], device=point.tokens_BW.device)
+        width = point.tokens_BW.shape[1]
+        room = point.tokens_BW.new_zeros(point.tokens_BW.shape[0], self.num_heads)
+        text_BX = torch.cat((point.tokens_BW, room), dim=1)
+        hidden_BWD = point.inputs.hidden_BTD
+
+        def step(offset: int, previous_B: Tensor) -> Tensor:
+            nonlocal hidden_BWD
+            depth = offset - 1
+            text_BX[rows_B, point.columns_B + depth] = previous_B
+            embedded_BWD = point.inputs.embed(text_BX[:, depth : depth + width])
+            hidden_BWD = self._deepen(depth, point.inputs.call, hidden_BWD, embedded_BWD)
+            return point.at(hidden_BWD)
+
+        return step
+
+    def _deepen(self, depth: int, call: LayerCall, hidden_BTD: Tensor, embedded_BTD: Tensor) -> Tensor:
+        """Depth `depth` (offset depth + 1) from the one before it."""
+        module = self.bodies[min(depth, len(self)) - 1]
+        place_in_cache(module, self._first_cache_index + depth - 1)
+        deeper_BTD: Tensor = module(call, hidden_BTD, embedded_BTD)
+        return deeper_BTD
