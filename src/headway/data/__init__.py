@@ -1,4 +1,5 @@
 """From documents to packed batches with document and position ids.
 
-sources -> split -> near_duplicates -> tokenizers -> token_cache -> packing (order: permutation) -> loader
+source_spec -> files, formats/ -> collect -> collection -> split -> near_duplicates -> tokenizers, encoding -> token_cache
+-> packing or whole_documents (order: permutation) -> mixture -> loader, prefetch
 """

@@ -9,22 +9,30 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from headway.data.sources import Document
+from headway.data.document import Document
 
 
 class DataDigest:
-    """SHA-256 over the names and bytes of documents, in order, one at a time."""
+    """SHA-256 over the names and contents of documents, in order.
+
+    The content enters by its own SHA-256, so that documents whose digest is known need not be read again.
+    """
 
     def __init__(self) -> None:
         self._sha256 = hashlib.sha256()
 
     def add(self, document: Document) -> None:
         """Take in the next document."""
+        self.add_parts(document, num_bytes=document.num_bytes, sha256=document.sha256())
+
+    def add_parts(self, document: Document, *, num_bytes: int, sha256: bytes) -> None:
+        """Take in the next document, of which length and digest of the content are known."""
         name = document.name.encode(errors="surrogatepass")
         # lengths go in first, so that no two lists of documents read the same
-        self._sha256.update(b"%d %d\n" % (len(name), len(document.data)))
+        kind = b"tokens" if document.is_tokens else b"text"
+        self._sha256.update(b"%d %d %d %s\n" % (len(name), num_bytes, document.prompt_bytes, kind))
         self._sha256.update(name)
-        self._sha256.update(document.data)
+        self._sha256.update(sha256)
 
     def hexdigest(self) -> str:
         """The fingerprint of the documents so far."""
@@ -32,7 +40,7 @@ class DataDigest:
 
 
 def data_fingerprint(documents: Iterable[Document]) -> str:
-    """SHA-256 over the names and bytes of documents, in order."""
+    """SHA-256 over the names and contents of documents, in order."""
     digest = DataDigest()
     for document in documents:
         digest.add(document)

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headway.data.packing import PackedSample, PackedTokens, cut_window
-from headway.data.token_cache import TokenCache
+from headway.data.cache_format import TokenCache
+from headway.data.packing import PackedSample, Rows, cut_window
 from headway.errors import ConfigError, DataError
 
 
@@ -27,7 +27,7 @@ class Batch:
 
     Attributes:
         input_ids_BT: token ids.
-        labels_BT: the same ids, not shifted (the loss shifts them); -100 is ignored.
+        labels_BT: the same ids, not shifted (the loss shifts them); -100, on filling and prompts, is ignored.
         position_ids_BT: from 0 at every document start and at the start of the row.
         document_ids_BT: differ between the documents of a row.
     """
@@ -73,7 +73,7 @@ class PackedLoader:
     what one process with num_replicas times the batch size would.
 
     Args:
-        packed: the windows and their order.
+        packed: the rows and their order.
         batch_size: rows per batch of each process.
         num_replicas: processes that train together.
         rank: of this process, from 0.
@@ -82,7 +82,7 @@ class PackedLoader:
         ConfigError: batch_size < 1, num_replicas < 1, or rank outside range(num_replicas).
     """
 
-    def __init__(self, packed: PackedTokens, *, batch_size: int, num_replicas: int = 1, rank: int = 0) -> None:
+    def __init__(self, packed: Rows, *, batch_size: int, num_replicas: int = 1, rank: int = 0) -> None:
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1: got {batch_size}; raise it")
         if num_replicas < 1 or not 0 <= rank < num_replicas:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from headway.data.sources import Document
+from headway.data.collection import Collection
+from headway.data.document import Document
+from headway.data.split import selected
+from headway.data.word_hashes import Hashes, ngram_blocks
 from headway.errors import ConfigError
 
-_WORD = re.compile(rb"\S+")
-# bounds the memory of a text of any length to little more than its distinct n-grams
+# bounds the memory of a text of any length to little more than the n-grams that have to be kept
 _WORDS_PER_BLOCK = 1 << 20
-# odd, so that multiplying by its powers loses nothing modulo 2**64 (the golden ratio's bits)
-_MULTIPLIER = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True)
@@ -30,7 +26,7 @@ class DeduplicationReport:
         dropped: (name, overlap) of the others; overlap: the share of its own distinct n-grams that is held out.
     """
 
-    kept: list[Document]
+    kept: Sequence[Document]
     dropped: tuple[tuple[str, float], ...]
 
     def describe(self) -> str:
@@ -54,11 +50,15 @@ def drop_near_duplicates(
 
     The overlap of a document is the share of its own distinct n-grams of whitespace-separated words that occur anywhere
     in the held-out documents. A document shorter than n words is compared whole with held-out documents as short as it:
-    its overlap is 0 or 1. A document without a word is kept.
+    its overlap is 0 or 1. A document without a word is kept. Of raw ids, each id is a word.
+
+    N-grams are compared by hashes of 64 bits: of a billion beside a million held-out ones, one is taken for another
+    with a probability of 5e-5.
 
     Args:
-        train: read once, one document at a time.
-        held_out: their distinct n-grams are held in memory, 8 bytes each.
+        train: read once, one piece of a document at a time; a `Collection` stays on disk.
+        held_out: their distinct n-grams are held in memory, 8 bytes each. (For one training document at a time, so are
+            at most 1 / max_overlap as many of its own: with more than that it cannot be dropped.)
         ngram: words per n-gram.
         max_overlap: in [0, 1]; a document with exactly this overlap is kept.
 
@@ -70,54 +70,70 @@ def drop_near_duplicates(
             f"ngram must be at least 1 and max_overlap in [0, 1]: got {ngram} and {max_overlap}; "
             f"the usual are 13 and 0.5"
         )
-    grams = [_distinct_ngrams(document.data, ngram) for document in held_out]
-    known = np.unique(np.concatenate(grams)) if grams else np.zeros(0, dtype=np.uint64)
-    kept: list[Document] = []
-    dropped: list[tuple[str, float]] = []
-    for document in train:
-        own = _distinct_ngrams(document.data, ngram)
-        overlap = _count_known(own, known) / len(own) if len(own) else 0.0
+    known = _Distinct()
+    for document in held_out:
+        for block in ngram_blocks(document, ngram=ngram, words_per_block=max(ngram, _WORDS_PER_BLOCK)):
+            known.add(block)
+    comparison = _Comparison(known.hashes(), ngram, max_overlap)
+    train = train if isinstance(train, Collection) else list(train)
+    dropped = {}
+    for number, document in enumerate(train):
+        overlap = comparison.overlap(document)
         if overlap > max_overlap:
-            dropped.append((document.name, overlap))
-        else:
-            kept.append(document)
-    return DeduplicationReport(kept=kept, dropped=tuple(dropped))
+            dropped[number] = (document.name, overlap)
+    kept = selected(train, [number not in dropped for number in range(len(train))])
+    return DeduplicationReport(kept=kept, dropped=tuple(dropped.values()))
 
 
-def _distinct_ngrams(data: bytes, ngram: int) -> npt.NDArray[np.uint64]:
-    """Sorted distinct 64-bit hashes of the n-grams of a text; of the whole text where it is shorter than n words.
+class _Comparison:
+    """Measures how much of a document is held out, as far as it matters for dropping it."""
 
-    Python's own hash of bytes is keyed anew in every process; nothing but equality within one call is ever read from
-    it. Of a billion n-grams beside a million held-out ones, one is taken for another with a probability of 5e-5.
-    """
-    hashes = (hash(match.group()) for match in _WORD.finditer(data))
-    block = max(ngram, _WORDS_PER_BLOCK)
-    words = _next_words(hashes, block)
-    width = min(ngram, len(words))
-    parts = []
-    while len(words) >= width > 0:
-        parts.append(np.unique(_hash_ngrams(words, width)))
-        words = np.concatenate([words[len(words) - width + 1 :], _next_words(hashes, block)])
-    if len(parts) > 1:
-        return np.unique(np.concatenate(parts))
-    return parts[0] if parts else words
+    def __init__(self, known: Hashes, ngram: int, max_overlap: float) -> None:
+        self._known, self._ngram = known, ngram
+        # with more distinct n-grams of its own than this, even all held-out ones would not be too large a share
+        self._enough = len(known) / max_overlap if max_overlap else np.inf
 
-
-def _next_words(hashes: Iterator[int], count: int) -> npt.NDArray[np.uint64]:
-    return np.fromiter(islice(hashes, count), dtype=np.int64).view(np.uint64)
-
-
-def _hash_ngrams(words: npt.NDArray[np.uint64], width: int) -> npt.NDArray[np.uint64]:
-    # the width starts the sum: a short text must differ from an n-gram that begins with zeros
-    grams = np.full(len(words) - width + 1, width, dtype=np.uint64)
-    for place in range(width):
-        grams *= np.uint64(_MULTIPLIER)
-        grams += words[place : place + len(grams)]
-    return grams
+    def overlap(self, document: Document) -> float:
+        """The share of the document's distinct n-grams that is held out; 0 where it is certainly not too large."""
+        if not len(self._known):
+            return 0.0
+        own, common = _Distinct(), _Distinct()
+        for block in ngram_blocks(document, ngram=self._ngram, words_per_block=max(self._ngram, _WORDS_PER_BLOCK)):
+            places = np.minimum(np.searchsorted(self._known, block), len(self._known) - 1)
+            common.add(block[self._known[places] == block])
+            own.add(block)
+            if own.at_least > self._enough:
+                return 0.0
+        total = len(own.hashes())
+        return len(common.hashes()) / total if total else 0.0
 
 
-def _count_known(own: npt.NDArray[Any], known: npt.NDArray[Any]) -> int:
-    if not len(known):
-        return 0
-    places = np.minimum(np.searchsorted(known, own), len(known) - 1)
-    return int((known[places] == own).sum())
+class _Distinct:
+    """A set of hashes that grows by sorted blocks without repeats; merged whenever it has doubled."""
+
+    def __init__(self) -> None:
+        self._merged = np.zeros(0, dtype=np.uint64)
+        self._blocks: list[Hashes] = []
+        self._waiting = 0
+
+    @property
+    def at_least(self) -> int:
+        """A number that the set certainly has."""
+        return len(self._merged)
+
+    def add(self, block: Hashes) -> None:
+        """Take in sorted hashes without repeats."""
+        if not len(self._merged) and not self._blocks:
+            self._merged = block
+            return
+        self._blocks.append(block)
+        self._waiting += len(block)
+        if self._waiting > len(self._merged) + _WORDS_PER_BLOCK:
+            self.hashes()
+
+    def hashes(self) -> Hashes:
+        """All of them, sorted, each once."""
+        if self._blocks:
+            self._merged = np.unique(np.concatenate([self._merged, *self._blocks]))
+            self._blocks, self._waiting = [], 0
+        return self._merged

@@ -10,12 +10,13 @@ predicts the filling. Which window comes when is a pure function of (seed, epoch
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from headway.data.cache_format import TokenCache
 from headway.data.permutation import shuffled_index
-from headway.data.token_cache import TokenCache
 from headway.errors import ConfigError
 from headway.functional.targets import IGNORE_INDEX
 
@@ -26,7 +27,7 @@ class PackedSample:
 
     Attributes:
         input_ids_T: token ids.
-        labels_T: the same ids, not shifted; -100 at the filling.
+        labels_T: the same ids, not shifted; -100 at the filling and on prompts.
         position_ids_T: positions within the document, from 0 at each document start and at the window start.
         document_ids_T: 0, 1, ... in the window; says which positions belong together.
     """
@@ -35,6 +36,20 @@ class PackedSample:
     labels_T: npt.NDArray[np.int64]
     position_ids_T: npt.NDArray[np.int64]
     document_ids_T: npt.NDArray[np.int64]
+
+
+class Rows(Protocol):
+    """Rows of equal length in an order that is shuffled anew in every epoch: what a loader takes."""
+
+    @property
+    def sequence_length(self) -> int:
+        """T of every row."""
+
+    def __len__(self) -> int:
+        """Rows per epoch."""
+
+    def sample(self, index: int, epoch: int) -> PackedSample:
+        """The index-th row of an epoch's own order, a pure function of its arguments."""
 
 
 def cut_window(cache: TokenCache, start: int, length: int) -> PackedSample:
@@ -59,6 +74,12 @@ def cut_window(cache: TokenCache, start: int, length: int) -> PackedSample:
     lengths = np.diff(starts, append=length)
     document_ids_T = np.repeat(np.arange(len(starts)), lengths)
     position_ids_T = np.arange(length) - np.repeat(starts, lengths)
+    if cache.prompt_lengths is not None:
+        documents = np.arange(first - 1, first - 1 + len(starts))
+        documents = documents[documents < cache.num_documents]  # behind the last one is the filling
+        prompt_ends = np.zeros(len(starts), dtype=np.int64)
+        prompt_ends[: len(documents)] = offsets[documents] + cache.prompt_lengths[documents] - start
+        labels_T[np.arange(length) < np.repeat(prompt_ends, lengths)] = IGNORE_INDEX
     return PackedSample(input_ids_T, labels_T, position_ids_T, document_ids_T)
 
 

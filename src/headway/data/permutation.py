@@ -49,7 +49,7 @@ def shuffled_index(index: int, *, size: int, seed: int, epoch: int) -> int:
             return index
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def _round_keys(seed: int, epoch: int) -> tuple[int, ...]:
     return tuple(
         int.from_bytes(hashlib.sha256(f"{seed}/{epoch}/{number}".encode()).digest()[:8], "little")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from headway.data.sources import Document
+from headway.data.collection import Collection
+from headway.data.document import Document
 from headway.errors import ConfigError, DataError
 
 
@@ -15,14 +16,14 @@ from headway.errors import ConfigError, DataError
 class Split:
     """Training and held-out documents, each in the order given; no group is in both."""
 
-    train: list[Document]
-    held_out: list[Document]
+    train: Sequence[Document]
+    held_out: Sequence[Document]
 
     @property
     def held_out_fraction(self) -> float:
         """Share of held-out bytes."""
-        held_out = sum(len(document.data) for document in self.held_out)
-        return held_out / (held_out + sum(len(document.data) for document in self.train))
+        held_out = total_bytes(self.held_out)
+        return held_out / (held_out + total_bytes(self.train))
 
     def describe(self) -> str:
         """One line for a person."""
@@ -42,7 +43,7 @@ def split_by_group(documents: Iterable[Document], *, held_out_fraction: float, s
     half, the training side is chosen this way.
 
     Args:
-        documents: held in memory.
+        documents: a `Collection` stays on disk and is not read; others are held in memory.
         held_out_fraction: of the bytes, in (0, 1).
         seed: another seed, other groups.
 
@@ -54,25 +55,36 @@ def split_by_group(documents: Iterable[Document], *, held_out_fraction: float, s
         raise ConfigError(
             f"held_out_fraction must be above 0 and below 1: got {held_out_fraction}; pass for example 0.05"
         )
-    documents = list(documents)
+    documents = documents if isinstance(documents, Collection) else list(documents)
     sizes: Counter[str] = Counter()
     for document in documents:
-        sizes[document.group] += len(document.data)
+        sizes[document.group] += document.num_bytes
     sizes = +sizes  # a group without a byte can be no side's only one
     if len(sizes) < 2:
         only = f" ({next(iter(sizes))!r})" if sizes else ""
         raise DataError(
             f"held-out text is chosen by whole top-level folders or files, and needs two with text in them: got "
-            f"{len(sizes)}{only}; name the held-out text explicitly, or name the folder inside so that its parts count"
+            f"{len(sizes)}{only}; name the held-out text explicitly (held_out: a file, a folder, ...), or name the "
+            f"folder inside so that its parts count"
         )
     fraction = min(held_out_fraction, 1.0 - held_out_fraction)
     chosen = _choose(sizes, target=fraction * sizes.total(), seed=seed)
     if held_out_fraction > 0.5:
         chosen = sizes.keys() - chosen
-    return Split(
-        train=[document for document in documents if document.group not in chosen],
-        held_out=[document for document in documents if document.group in chosen],
-    )
+    held_out = [document.group in chosen for document in documents]
+    return Split(train=selected(documents, [not out for out in held_out]), held_out=selected(documents, held_out))
+
+
+def selected(documents: Sequence[Document], keep: Sequence[bool]) -> Sequence[Document]:
+    """The documents for which `keep` is true, in order; a `Collection` gives a collection, others a list."""
+    if isinstance(documents, Collection):
+        return documents.take(keep)
+    return [document for document, wanted in zip(documents, keep, strict=True) if wanted]
+
+
+def total_bytes(documents: Iterable[Document]) -> int:
+    """Length of all documents together; nothing is read."""
+    return sum(document.num_bytes for document in documents)
 
 
 def _choose(sizes: Counter[str], *, target: float, seed: int) -> set[str]:

@@ -1,4 +1,4 @@
-"""Tokenizers: plain bytes, BPE trained here, or any of Hugging Face's.
+"""Tokenizers: plain bytes, BPE trained here, ids of any modality, or any of Hugging Face's.
 
 Text enters training as bytes and special tokens enter as ids: a document that spells out `<|endoftext|>` is encoded as
 those thirteen characters, never as the end of a document (`headway.data.encoding`).
@@ -12,10 +12,12 @@ from os import PathLike, fspath
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, trainers
-from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+from headway.data.pieces import MAX_PIECE_BYTES as MAX_PIECE_BYTES
+from headway.data.pieces import split_into_pieces as split_into_pieces
 from headway.errors import ConfigError, DataError
 
 BYTE_EOS_ID = 256
@@ -25,9 +27,8 @@ END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
 BYTES = "bytes"
 """The name under which `load_tokenizer` gives the byte tokenizer."""
-
-# 1 MiB keeps what the tokenizers library holds per piece (alignments, strings) near 100 MB.
-MAX_PIECE_BYTES = 1 << 20
+INTEGERS = "integers:"
+"""Followed by a number, the name under which `load_tokenizer` gives a tokenizer of so many ids."""
 
 
 def _byte_symbols() -> tuple[str, ...]:
@@ -74,6 +75,30 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return _as_pretrained(tokenizer)
 
 
+def integer_tokenizer(vocabulary_size: int) -> PreTrainedTokenizerFast:
+    """The tokenizer of ids that stand for no text: "17" is the id 17; end-of-text and padding are the two ids above.
+
+    For raw ids of any modality (codes of images, sound, molecules): a text is numbers between blanks.
+
+    >>> tokenizer = integer_tokenizer(1024)
+    >>> tokenizer("17 1023")["input_ids"], tokenizer.decode([17, 1023]), tokenizer.eos_token_id
+    ([17, 1023], '17 1023', 1024)
+
+    Args:
+        vocabulary_size: ids without the two special ones, at least 1.
+
+    Raises:
+        ConfigError: vocabulary_size < 1.
+    """
+    if vocabulary_size < 1:
+        raise ConfigError(f"a vocabulary of ids has at least 1: got {vocabulary_size}; pass for example integers:1024")
+    vocabulary = {str(number): number for number in range(vocabulary_size)}
+    vocabulary |= {END_OF_TEXT: vocabulary_size, PADDING: vocabulary_size + 1}
+    tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token=PADDING))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return _as_pretrained(tokenizer)
+
+
 def is_byte_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether ids 0..255 are the bytes and nothing but two special tokens follows (so that no merge can exist)."""
     return len(tokenizer) == BYTE_VOCABULARY_SIZE and tuple(
@@ -112,14 +137,15 @@ def decode_bytes(token_ids: Iterable[int]) -> str:
 
 
 def load_tokenizer(name_or_path: str | PathLike[str], *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer called "bytes", or the one of a folder or of a Hugging Face hub name.
+    """The tokenizer called "bytes" or "integers:N", or the one of a folder or of a Hugging Face hub name.
 
     A folder that declares no class of its own is read from its `tokenizer.json` alone. `AutoTokenizer` may replace that
     with the class registered for the model type of a `config.json` in the same folder: beside a qwen2 model any
     tokenizer gets an NFC normaliser and another word split (transformers 5.23), and text no longer round-trips.
 
     Args:
-        name_or_path: "bytes" is always the byte tokenizer; write "./bytes" for a folder of that name.
+        name_or_path: "bytes" is always the byte tokenizer and "integers:N" the one of N ids; write "./bytes" for a
+            folder of that name.
         trust_remote_code: run the tokenizer code that the folder or repository brings along.
 
     Raises:
@@ -128,6 +154,13 @@ def load_tokenizer(name_or_path: str | PathLike[str], *, trust_remote_code: bool
     if name_or_path == BYTES:
         return byte_tokenizer()
     name = fspath(name_or_path)
+    if name.startswith(INTEGERS):
+        count = name.removeprefix(INTEGERS)
+        if not count.isdecimal():
+            raise ConfigError(
+                f"{INTEGERS} is followed by a number of ids: got {name!r}; pass for example integers:1024"
+            )
+        return integer_tokenizer(int(count))
     try:
         declared = get_tokenizer_config(name)
         generic = declared.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
@@ -192,26 +225,3 @@ def _chained(first: str, rest: Iterator[str]) -> Iterator[str]:
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """Rows that an embedding needs for every id of the tokenizer: the largest id + 1 (ids may have gaps)."""
     return int(max(tokenizer.get_vocab().values())) + 1
-
-
-def split_into_pieces(data: bytes, *, max_bytes: int = MAX_PIECE_BYTES) -> Iterator[bytes]:
-    r"""Cut one document into pieces of bounded size that decode on their own; their concatenation is the document.
-
-    Cuts after the last newline of a piece, else after its last space, else before a character's first byte. Only
-    documents above max_bytes are cut, and only there can BPE tokens differ from those of the whole text.
-
-    >>> [*split_into_pieces(b"one\ntwo three", max_bytes=8)]
-    [b'one\n', b'two ', b'three']
-    """
-    start = 0
-    while len(data) - start > max_bytes:
-        stop = start + max_bytes
-        cut = data.rfind(b"\n", start, stop) + 1 or data.rfind(b" ", start, stop) + 1
-        if not cut:
-            cut = stop
-            while cut > max(start + 1, stop - 3) and 0x80 <= data[cut] < 0xC0:
-                cut -= 1
-        yield data[start:cut]
-        start = cut
-    if start < len(data):
-        yield data[start:]
