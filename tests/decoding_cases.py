@@ -87,3 +87,34 @@ def script_drafts(
         return torch.where(spoilt_BK, (draft_BK + 1) % VOCABULARY, draft_BK)
 
     monkeypatch.setattr(EagerExecutor, "draft", draft)
+
+
+def script_picks(
+    monkeypatch: pytest.MonkeyPatch, continuations: Sequence[Sequence[int]], *, wrong: float = 0.3, seed: int = 3
+) -> None:
+    """Let drafts be the true continuation with some tokens spoilt, whatever the heads say, so that all acceptances happen.
+
+    The heads still run: their caches are what the spoilt drafts make of them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    emitted = [0] * len(continuations)
+
+    def spoilt(offset: int) -> Tensor:
+        places = [at + offset - 2 for at in emitted]
+        right = torch.tensor([[*truth, *[0] * 99][at] for truth, at in zip(continuations, places, strict=True)])
+        return torch.where(torch.rand(len(right), generator=generator) < wrong, (right + 1) % VOCABULARY, right)
+
+    original = EagerExecutor.draft
+
+    def draft(
+        self: EagerExecutor, states: Any, accepted: Sequence[int], *, last_B: Tensor | None = None, count: int
+    ) -> Tensor:
+        for row, right in enumerate(accepted):
+            emitted[row] += right + 1
+        drafted_BK = original(self, states, accepted, last_B=last_B, count=count)
+        if self._model.heads.autoregressive:
+            return drafted_BK
+        return torch.stack([spoilt(offset) for offset in range(2, count + 2)], dim=1)
+
+    monkeypatch.setattr(EagerExecutor, "draft", draft)
+    monkeypatch.setattr(EagerExecutor, "_pick", lambda self, logits_BV, offset: spoilt(offset))

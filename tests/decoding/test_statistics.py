@@ -23,7 +23,7 @@ def _scripted(monkeypatch, truth, right):
     """Drafts of which the first `right[f]` are true in forward f after the prefill."""
     state = {"emitted": 0, "forward": 0}
 
-    def draft(self, states, accepted, *, count):
+    def draft(self, states, accepted, *, count, **_):
         state["emitted"] += accepted[0] + 1
         proposal = [*truth[state["emitted"] :], *[0] * count][:count]
         good = right[state["forward"]]
