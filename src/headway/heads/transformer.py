@@ -34,9 +34,14 @@ class TransformerHeads(Heads):
         self.reading = Reading("layer_input", options.tap_back)
 
     @property
+    def layers_of_heads(self) -> list[list[nn.Module]]:
+        """The layers of each head, offset 2 first, each in the order in which they run."""
+        return [_layers(body) for body in self.bodies]
+
+    @property
     def decoder_layers(self) -> list[nn.Module]:
         """All layers of all heads."""
-        return [layer for body in self.bodies for layer in _layers(body)]
+        return [layer for layers in self.layers_of_heads for layer in layers]
 
     def cache_layers(self, num_heads: int) -> int:
         """One per layer."""

@@ -4,6 +4,8 @@ config.json, generation_config.json           the base's own
 model.safetensors(.index.json)                the base's weights and the list of files that engines shall read
 mtp/config.json                               versioned: what was added, which base it belongs to, checksum
 mtp/heads.safetensors                         heads of offsets 2..n
+
+Where heads are part of the next-token path the base is kept from plain loaders: see `headway.model.base_folder`.
 """
 
 from __future__ import annotations
@@ -17,12 +19,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from headway.errors import CheckpointError, HeadwayError
+from headway.model.base_folder import BASE_FOLDER, INDEX_FILE, base_place, save_base
 from headway.model.config import FORMAT_VERSION, MultiTokenConfig
 from headway.model.fingerprint import base_fingerprint, same_base, same_tensors, untied_tensors
 from headway.model.folder import HEADS_FOLDER, write_folder
@@ -30,7 +33,6 @@ from headway.provenance import provenance
 
 CONFIG_FILE = f"{HEADS_FOLDER}/config.json"
 HEADS_FILE = f"{HEADS_FOLDER}/heads.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 _FORMAT = "headway-multi-token"
 _FREE_ON_LOAD = {"offset_weights", "head_init", "loss_chunk_tokens"}
 """Fields of a configuration that say how heads are trained, not what they are."""
@@ -50,8 +52,7 @@ def save_model(
     base_state, heads_state = _split(model, state_dict)
 
     def write(folder: Path) -> None:
-        model.base.save_pretrained(folder, state_dict=dict(base_state), max_shard_size=max_shard_size, **kwargs)
-        _write_index(folder)
+        save_base(model, folder, base_state, max_shard_size=max_shard_size, **kwargs)
         _write_heads(model, folder, base_state, heads_state, name=None)
 
     write_folder(
@@ -59,6 +60,7 @@ def save_model(
         write,
         overwrite=overwrite,
         replaces=("config.json", "model.safetensors", INDEX_FILE, CONFIG_FILE, HEADS_FILE),
+        removes=(f"{BASE_FOLDER}/*",),
     )
 
 
@@ -160,25 +162,10 @@ def _split(model: Any, state_dict: Mapping[str, Tensor] | None) -> tuple[dict[st
     return base, heads
 
 
-def _write_index(folder: Path) -> None:
-    index = folder / INDEX_FILE
-    if index.exists():
-        return
-    weight_map, total = {}, 0
-    with safe_open(folder / "model.safetensors", framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 - not a mapping
-            weight_map[name] = "model.safetensors"
-            tensor = file.get_tensor(name)
-            total += tensor.numel() * tensor.element_size()
-    index.write_text(
-        json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True)
-    )
-
-
 def _write_heads(
     model: Any, folder: Path, base_state: Mapping[str, Tensor], heads_state: Mapping[str, Tensor], *, name: str | None
 ) -> None:
-    (folder / HEADS_FOLDER).mkdir()
+    (folder / HEADS_FOLDER).mkdir(exist_ok=True)
     heads_path = folder / HEADS_FILE
     save_file({key: tensor.detach().contiguous() for key, tensor in heads_state.items()}, heads_path, {"format": "pt"})
     write_record(
@@ -324,9 +311,10 @@ def _read_heads(folder: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _load_base(folder: Path, record: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+    needed: dict[str, Any] = {}
+    where: Any
     if (folder / "config.json").is_file():
-        _check_index(folder)
-        where: Any = folder
+        where, needed = base_place(folder)
     elif any(folder.glob("*.safetensors")):
         raise CheckpointError(
             f"{folder} is half written: it has weights but no config.json; save it again", path=folder
@@ -339,7 +327,7 @@ def _load_base(folder: Path, record: Mapping[str, Any], options: Mapping[str, An
                 path=folder,
             )
     try:
-        base, report = AutoModelForCausalLM.from_pretrained(where, output_loading_info=True, **options)
+        base, report = AutoModelForCausalLM.from_pretrained(where, output_loading_info=True, **(needed | dict(options)))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
@@ -354,23 +342,6 @@ def _load_base(folder: Path, record: Mapping[str, Any], options: Mapping[str, An
             path=where,
         )
     return base
-
-
-def _check_index(folder: Path) -> None:
-    path = folder / INDEX_FILE
-    if not path.is_file():
-        return
-    try:
-        files = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            f"{path} is damaged ({type(error).__name__}); restore it or save again", path=path
-        ) from error
-    for name in files:
-        if not (folder / name).is_file():
-            raise CheckpointError(
-                f"{folder} is half written: {name} is missing; restore it or save again", path=folder / name
-            )
 
 
 def _check_fit(model: Any, tensors: Mapping[str, Tensor], folder: Path) -> None:

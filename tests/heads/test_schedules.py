@@ -1,0 +1,103 @@
+"""The paper's head-by-head schedules have the same gradients; precision and checkpointing change nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from head_cases import ARCHITECTURES, head_model
+from headway.errors import ConfigError
+from headway.losses import chunked
+from headway.model import per_head
+from headway.model.per_head import backward_per_head
+from tiny_models import random_tokens, tiny_model
+
+TOKENS = random_tokens(2, 16)
+POSITIONS = torch.cat([torch.arange(6), torch.arange(10)])[None].expand(2, -1)
+CHAINS = ["causal", "anticausal", "transformer-2-layers"]
+
+
+def gradients(model):
+    model.zero_grad()
+    loss = model(TOKENS, labels=TOKENS, position_ids=POSITIONS).loss
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def largest_gap(found, expected):
+    scale = max(float(g.abs().max()) for g in expected.values())
+    return max(float((found[name] - expected[name]).abs().max()) for name in expected) / scale
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-gqa-tied", "gemma2", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("name", CHAINS)
+def test_the_sequential_backward_of_figure_s11_has_the_same_gradients(name, family):
+    options = ARCHITECTURES[name] | {"offset_weights": (1.0, 0.5, 0.25, 2.0)}
+    model = tiny_model(family, dtype=torch.float64, **options).train()
+    value, expected = gradients(model)
+    model.zero_grad()
+    got = backward_per_head(model, TOKENS, TOKENS, position_ids_BT=POSITIONS)
+    assert got.item() == pytest.approx(value, rel=1e-12)
+    found = {name: p.grad for name, p in model.named_parameters()}
+    assert largest_gap(found, expected) <= (1e-12 if family == "gpt2" else 1e-6)
+
+
+@pytest.mark.parametrize(("name", "order"), [("causal", [4, 3, 2, 1]), ("anticausal", [1, 2, 3, 4])])
+def test_losses_are_visited_from_the_head_farthest_from_the_trunk(name, order, monkeypatch):
+    seen = []
+    original = per_head.shift_targets
+
+    def recording(labels_BT, *, offset, **kwargs):
+        seen.append(offset)
+        return original(labels_BT, offset=offset, **kwargs)
+
+    monkeypatch.setattr(per_head, "shift_targets", recording)
+    backward_per_head(head_model(name), TOKENS, TOKENS)
+    assert seen == order
+
+
+@pytest.mark.parametrize("name", ["linear", "medusa", "hydra", "sequential", "transformer-tap", "transformer-markov"])
+def test_heads_without_such_a_schedule_are_refused(name):
+    with pytest.raises(ConfigError, match=r"loss\.backward"):
+        backward_per_head(head_model(name), TOKENS, TOKENS)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_gradient_checkpointing_changes_no_gradient(name, family):
+    model = head_model(name, family).train()
+    value, expected = gradients(model)
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    got, found = gradients(model)
+    assert got == pytest.approx(value, rel=1e-6)
+    assert largest_gap(found, expected) < 2e-6
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_bfloat16_autocast_is_as_close_as_bfloat16_allows(name):
+    model = head_model(name, perturb=0.05).train()
+    value, expected = gradients(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, found = gradients(model)
+    assert got == pytest.approx(value, rel=2e-2)
+    one, other = (torch.cat([g.flatten() for g in grads.values()]) for grads in (found, expected))
+    assert float(torch.nn.functional.cosine_similarity(one, other, dim=0)) > 0.99
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_one_chunk_of_one_offsets_logits_and_one_buffer_per_unembedding_are_alive(name, monkeypatch):
+    chunks, buffers = [], set()
+    original = chunked._chunk
+
+    def record(targets_C, hidden, weights, **kwargs):
+        chunks.append(targets_C.shape[0])
+        buffers.update(grad.data_ptr() for grad in kwargs["grad_weights"])
+        return original(targets_C, hidden, weights, **kwargs)
+
+    monkeypatch.setattr(chunked, "_chunk", record)
+    model = head_model(name, num_future_tokens=6)
+    model.mtp_config = type(model.mtp_config).from_dict(model.mtp_config.to_dict() | {"loss_chunk_tokens": 5})
+    model(TOKENS, labels=TOKENS).loss.backward()
+    assert max(chunks) == 5
+    own = 0 if model.heads.unembeddings is None else len(model.heads.unembeddings)
+    assert len(buffers) == 1 + own + (model.heads.markov is not None)
