@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_runs import run_fields, write_corpus
+from transformers import LlamaConfig
 
 from headway.training.config import TrainConfig
+from small_runs import run_fields, write_corpus
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +24,24 @@ def make_config(corpus: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
         return TrainConfig(**run_fields(corpus, tmp_path / output, **overrides))
 
     return make
+
+
+@pytest.fixture
+def with_dropout(tmp_path: Path) -> dict[str, Any]:
+    """Fields of a run whose forward draws random numbers: its micro-batches only repeat where the state does."""
+    shape = LlamaConfig(
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        attention_dropout=0.3,
+    )
+    shape.save_pretrained(tmp_path / "shape")
+    return {
+        "base_config": str(tmp_path / "shape"),
+        "hidden_size": None,
+        "num_layers": None,
+        "num_heads": None,
+        "gradient_accumulation_steps": 2,
+    }

@@ -33,18 +33,17 @@ def test_another_seed_gives_other_weights_and_another_order(make_config, tmp_pat
     assert not torch.equal(first["lm_head.weight"], second["lm_head.weight"])
 
 
-def test_evaluations_change_neither_the_curve_nor_the_weights(make_config, tmp_path):
+def test_evaluations_change_neither_the_curve_nor_the_weights(make_config, tmp_path, with_dropout):
     def disturbing(model, step):
         assert not model.training
         assert not torch.is_grad_enabled()
         random.random()
         np.random.rand(3)
         torch.rand(3)
-        model.train()
         return {"draw": 0.5}
 
-    train(make_config("without"))
-    train(make_config("with", eval_every_steps=1), evaluators=[disturbing])
+    train(make_config("without", **with_dropout))
+    train(make_config("with", eval_every_steps=1, **with_dropout), evaluators=[disturbing])
     assert_same_tensors(weights(tmp_path / "without" / "model"), weights(tmp_path / "with" / "model"))
     assert lines(tmp_path / "without" / "metrics.jsonl") == lines(tmp_path / "with" / "metrics.jsonl")
     assert len(lines(tmp_path / "with" / "evaluations.jsonl")) == 6

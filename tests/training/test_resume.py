@@ -1,15 +1,19 @@
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from headway.data.sources import iter_files
 from headway.data.split import split_by_group
 from headway.errors import CheckpointError, TrainingError
+from headway.training import run as run_module
 from headway.training.events import CheckpointWritten, Notice, StepDone
+from headway.training.interruption import TrainingInterruptedError
 from headway.training.loop import train
 from headway.training.run_directory import claimed
 from small_runs import assert_same_run, lines, write_corpus
@@ -57,6 +61,63 @@ def test_a_killed_run_continues_bit_for_bit(make_config, tmp_path, overrides, st
     assert_same_run(tmp_path / "straight", tmp_path / "killed", step=6)
 
 
+def test_random_states_continue_too(make_config, tmp_path, with_dropout):
+    train(make_config("straight", **with_dropout))
+    train_killed(make_config("killed", **with_dropout), 5)
+    torch.rand(7)
+    train(make_config("killed", **with_dropout))
+    assert_same_run(tmp_path / "straight", tmp_path / "killed", step=6)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_between_micro_batches_undoes_the_step_and_saves(
+    make_config, tmp_path, with_dropout, monkeypatch, number
+):
+    real = run_module.optimizer_step
+    calls = []
+
+    def step(model, optimizer, batches, **options):
+        calls.append(1)
+        if len(calls) != 4:
+            return real(model, optimizer, batches, **options)
+        forwards = []
+        hook = model.heads[0].register_forward_hook(lambda *_: forwards.append(1) or signal.raise_signal(number))
+        outcome = real(model, optimizer, batches, **options)
+        hook.remove()
+        assert outcome is None
+        assert len(forwards) == 1
+        return outcome
+
+    train(make_config("straight", **with_dropout))
+    stopped = make_config("stopped", checkpoint_every_steps=None, **with_dropout)
+    monkeypatch.setattr(run_module, "optimizer_step", step)
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with pytest.raises(TrainingInterruptedError, match="saved step 3") as caught:
+        train(stopped)
+    monkeypatch.undo()
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    assert (caught.value.signal_number, caught.value.step) == (number, 3)
+    assert [path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir()] == ["step-00000003"]
+    train(stopped)
+    assert_same_run(tmp_path / "straight", tmp_path / "stopped", step=6)
+
+
+def test_an_evaluation_that_a_signal_left_no_time_for_comes_first_after_the_resume(make_config, tmp_path):
+    options = {"eval_every_steps": 3}
+    train(make_config("straight", **options), evaluators=[counting])
+
+    def signal_at_three(event):
+        if isinstance(event, StepDone) and event.step == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    stopped = make_config("stopped", **options)
+    with pytest.raises(TrainingInterruptedError):
+        train(stopped, evaluators=[counting], on_event=signal_at_three)
+    assert not (tmp_path / "stopped" / "evaluations.jsonl").read_text()
+    train(stopped, evaluators=[counting])
+    assert_same_run(tmp_path / "straight", tmp_path / "stopped", step=6)
+
+
 def test_a_run_killed_again_and_again_loses_and_doubles_no_step(make_config, tmp_path):
     options = {"eval_every_steps": 3, "steps": 8}
     train(make_config("straight", **options), evaluators=[counting])
@@ -83,10 +144,25 @@ def test_tensorboard_shows_every_step_once_after_resumes(make_config, tmp_path):
     for step in (3, 5):
         train_killed(config, step)
     train(config)
-    board = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"scalars": 0})
-    board.Reload()
     for tag in ("train/loss", "train/loss_offset_3", "train/learning_rate", "train/gradient_norm"):
-        assert [event.step for event in board.Scalars(tag)] == list(range(1, 7)), tag
+        assert scalar_steps(tmp_path / "run", tag) == list(range(1, 7)), tag
+
+
+def scalar_steps(folder, tag):
+    board = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
+    board.Reload()
+    return [event.step for event in board.Scalars(tag)]
+
+
+def test_metrics_of_a_checkpoint_are_on_disk_before_it_exists(make_config, tmp_path):
+    seen = []
+
+    def look(event):
+        if isinstance(event, CheckpointWritten):
+            seen.append(scalar_steps(tmp_path / "run", "train/loss"))
+
+    train(make_config(tensorboard=True), on_event=look)
+    assert seen == [[1, 2], [1, 2, 3, 4], [1, 2, 3, 4, 5, 6]]
 
 
 def test_a_run_killed_before_its_model_was_written_ends_without_another_step(make_config, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,8 @@ def prepare_data(
     Raises:
         DataError: sources that cannot be read or hold no text, or too little of it to hold something out.
     """
-    documents = list(_documents(config, notice))
-    held_out: list[Document] = []
+    documents: Sequence[Document] = list(_documents(config, notice))
+    held_out: Sequence[Document] = []
     if config.held_out_fraction > 0:
         split = split_by_group(documents, held_out_fraction=config.held_out_fraction, seed=config.split_seed)
         documents, held_out = split.train, split.held_out
@@ -91,6 +91,6 @@ def _documents(config: TrainConfig, notice: Callable[[str], None]) -> Iterator[D
         notice(f"{', '.join(paths)}: {report.describe()}")
 
 
-def _cache(documents: list[Document], tokenizer: Any, directory: Path) -> TokenCache:
+def _cache(documents: Sequence[Document], tokenizer: Any, directory: Path) -> TokenCache:
     key = hashlib.sha256(f"{data_fingerprint(documents)}{tokenizer_fingerprint(tokenizer)}".encode()).hexdigest()
     return build_token_cache(documents, tokenizer, directory / key[:16])

@@ -36,7 +36,7 @@ class MemoryEstimate:
         optimizer: AdamW's two moments, or Muon's one for the matrices.
         activations: what autograd keeps of one micro-batch for the backward pass, with the layer that is recomputed
             where gradient checkpointing is on.
-        loss: the chunk of logits that is alive, gradients of N hidden states and of the unembedding.
+        loss: the chunk of logits that is alive, gradients of N hidden states and of the unembeddings.
     """
 
     weights: int
@@ -114,6 +114,7 @@ def _memory(model: MultiTokenLM, config: TrainConfig) -> MemoryEstimate:
     weights = sum(sizes.values())
     moments = {name: 1 if config.optimizer == "muon" and kind == "matrix" else 2 for name, kind in kinds.items()}
     vocabulary, width = model.family.lm_head.weight.shape
+    own = len(model.heads.unembeddings or ())
     positions = config.batch_size * config.sequence_length
     compute_bytes = 4 if config.precision == "float32" else 2
     chunk = min(positions, config.loss_chunk_tokens)
@@ -125,7 +126,7 @@ def _memory(model: MultiTokenLM, config: TrainConfig) -> MemoryEstimate:
         gradients=weights,
         optimizer=sum(moments[name] * sizes[name] for name in kinds),
         activations=_activations(model, config),
-        loss=chunk_bytes + hidden_bytes + vocabulary * width * _FLOAT32_BYTES,
+        loss=chunk_bytes + hidden_bytes + (1 + own) * vocabulary * width * _FLOAT32_BYTES,
     )
 
 
@@ -139,7 +140,7 @@ def _activations(model: MultiTokenLM, config: TrainConfig) -> int:
             return kept
         model.activation_checkpointing_enable({"use_reentrant": False})
         checkpoints = kept_for_backward(model, config)
-    layers = len(model.family.layers) + len(model.heads)
+    layers = len(model.family.layers) + len(model.heads.decoder_layers)
     return checkpoints + (kept - checkpoints) // layers
 
 
@@ -158,7 +159,7 @@ def kept_for_backward(model: MultiTokenLM, config: TrainConfig) -> int:
         forward_precision(model, config.precision),
     ):
         states = model.offset_hidden_states(input_ids_BT, use_cache=False)
-        hidden = [states.last_hidden_BTD, *(model.final_norm(head_BTD) for head_BTD in states.future_hidden)]
+        hidden = [model.before_unembedding(state_BTD, offset=k) for k, state_BTD in enumerate(states.hidden, start=1)]
     assert len(hidden) == model.num_future_tokens
     return sum(size for storage, (size, _) in kept.items() if storage not in weights)
 

@@ -29,9 +29,11 @@ def scaled_initialization(model: MultiTokenLM) -> None:
     Draws from torch's global generator.
     """
     depth = len(model.family.layers)
-    for module in (model.base, *model.heads):
+    onto_vocabulary = {id(part) for part in (model.family.lm_head, *model.heads.vocabulary_matrices)}
+    for module in (model.base, model.heads):
         for name, part in module.named_modules():
-            if part is model.family.lm_head:
+            # What a definition sets to zero stays there.
+            if id(part) in onto_vocabulary or not (part.weight.any() if isinstance(part, nn.Linear) else True):
                 continue
             if isinstance(part, nn.Embedding):
                 part.weight.normal_(0.0, _EMBEDDING_STD)
@@ -44,3 +46,5 @@ def scaled_initialization(model: MultiTokenLM) -> None:
     unembedding_weight = model.family.lm_head.weight
     if unembedding_weight is not model.get_input_embeddings().weight:
         unembedding_weight.normal_(0.0, _UNEMBEDDING_STD)
+    for part in model.heads.vocabulary_matrices:
+        part.weight.normal_(0.0, _UNEMBEDDING_STD)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,7 @@ from headway.training.run_directory import (
     claimed,
     write_text,
 )
+from headway.training.threads import thread_count
 
 EvaluatorFactory = Callable[[TrainingData], Sequence[Evaluator]]
 """Makes evaluators once the data are there, for those that need held-out text."""
@@ -111,7 +111,7 @@ def train(
             non-finite. `TrainingInterruptedError` after a SIGINT or SIGTERM: saved, ready to be resumed.
     """
     announce: Listener = on_event or (lambda event: None)
-    with preserved_rng(), _threads(config.threads), claimed(config) as folder:
+    with preserved_rng(), thread_count(config.threads), claimed(config) as folder:
         start = begin(folder, config)
         for text in start.notices:
             announce(Notice(text))
@@ -205,17 +205,6 @@ def _finish(run: TrainingRun) -> TrainResult:
         json.dumps(result.to_json() | {"provenance": provenance()}, indent=2, allow_nan=False) + "\n",
     )
     return result
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    former = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(former)
 
 
 def _device(config: TrainConfig) -> torch.device:

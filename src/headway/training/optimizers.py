@@ -4,7 +4,7 @@ Which parameter goes where (a parameter that two modules share is one parameter)
 
     kind        what                                                            adamw                 muon
     matrix      two-dimensional weights between hidden states                   AdamW, decayed        Muon, decayed
-    embedding   token and position embeddings, unembedding                      AdamW, decayed        AdamW, decayed
+    embedding   token and position embeddings, unembeddings                     AdamW, decayed        AdamW, decayed
     vector      norms, biases                                                   AdamW, no decay       AdamW, no decay
 """
 
@@ -32,6 +32,9 @@ def parameter_kinds(model: Any) -> dict[str, ParameterKind]:
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)} | {
         id(model.get_output_embeddings().weight)
     }
+    heads = getattr(model, "heads", None)
+    if heads is not None:
+        embeddings |= {id(module.weight) for module in heads.vocabulary_matrices}
     kinds: dict[str, ParameterKind] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

@@ -237,7 +237,7 @@ class TrainingRun:
         raise TrainingInterruptedError(stop.signal_number, step=self.state.step, checkpoint=self.save())
 
     def _compiler(self) -> LayerCompiler | None:
-        layers = [*self.model.family.layers, *self.model.heads]
+        layers = [*self.model.family.layers, *self.model.heads.decoder_layers]
         row = self.loader.batch(self.state.next_row).to(self.device)
         return compile_layers(
             self.config.compile,
