@@ -23,8 +23,17 @@ from tiny_models import tiny_base, tiny_model
 IMPORT = {"source_format": "facebook", "target_format": "headway"}
 
 
-def test_verification_catches_rows_in_the_wrong_order(tmp_path, monkeypatch):
-    meta_llama.write_folder(tmp_path / "a")
+@pytest.mark.parametrize("spread", [0.01, 1.0])
+def test_verification_catches_rows_in_the_wrong_order(spread, tmp_path, monkeypatch):
+    state = meta_llama.write_folder(tmp_path / "a")
+    # Weak weights leave logits near zero, strong ones saturate attention: the limit follows the model.
+    for tensor in state.values():
+        if tensor.ndim == 2:
+            tensor.mul_(spread / 0.2)
+    torch.save(state, tmp_path / "a" / "consolidated.00.pth")
+    report = convert(tmp_path / "a", tmp_path / "right", verify=True, **IMPORT).verification
+    assert max(report.max_abs_difference) < report.limit < 1e-3 * report.max_abs_logit
+    shutil.rmtree(tmp_path / "right")
     monkeypatch.setattr(facebook_folder, "from_meta", lambda name, tensor, params: tensor)
     with pytest.raises(CheckpointError, match="logits of offset 1"):
         convert(tmp_path / "a", tmp_path / "b", verify=True, **IMPORT)
@@ -75,7 +84,7 @@ def test_untrained_copies_are_named_and_trained_heads_are_not(tmp_path):
     assert report.missing == ()
     assert report.tensors_compared == 30 + 27
     assert len(report.max_abs_difference) == 4
-    assert max(report.max_abs_difference) <= 1e-5 < report.limit * 10
+    assert max(report.max_abs_difference) <= 1e-5 < report.limit
 
 
 def stop(*args, **kwargs):

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from headway.convert.architecture import architecture, check_complete
-from headway.convert.lazy_model import LazyModel
+from headway.convert.lazy_model import LazyModel, WeightChange
 from headway.convert.plain_folder import (
     PLAIN_FILES,
     base_writing_order,
+    change_weights,
     load_plain,
     read_plain,
-    round_weights,
     write_base,
     write_config,
 )
@@ -92,12 +92,12 @@ class HeadwayFolder:
         return ()
 
     def logits(
-        self, folder: Path, tokens_BT: Tensor, *, base: Path | None = None, rounded_to: torch.dtype | None = None
+        self, folder: Path, tokens_BT: Tensor, *, base: Path | None = None, change: WeightChange | None = None
     ) -> Tensor:
         """See `ModelFormat.logits`."""
         causal_lm = None if base is None else load_plain(base)
         model = MultiTokenLM.from_pretrained(folder, base=causal_lm, dtype=torch.float32).eval()
-        round_weights(model, rounded_to)
+        change_weights(model, change)
         with torch.no_grad():
             logits_BTNV: Tensor = model(tokens_BT, return_future_logits=True, use_cache=False).future_logits
         return logits_BTNV

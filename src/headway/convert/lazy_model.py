@@ -13,6 +13,9 @@ from torch import Tensor
 
 from headway.model.config import MultiTokenConfig
 
+WeightChange = Callable[[Tensor], Tensor]
+"""Weights in float32 -> weights in float32 of the same shape."""
+
 Origin = Literal["source", "copy", "fresh"]
 """Where values come from: the source checkpoint, a copy of the base's last layer, or the family's random initialiser."""
 
@@ -137,7 +140,7 @@ class ModelFormat(Protocol):
         """
 
     def logits(
-        self, folder: Path, tokens_BT: Tensor, *, base: Path | None = None, rounded_to: torch.dtype | None = None
+        self, folder: Path, tokens_BT: Tensor, *, base: Path | None = None, change: WeightChange | None = None
     ) -> Tensor:
         """Logits [B, T, N, V] of the model in the folder, in float32, by the format's own reading of its weights.
 
@@ -145,5 +148,5 @@ class ModelFormat(Protocol):
             folder: local folder.
             tokens_BT: token ids.
             base: as for `read`.
-            rounded_to: round the weights to this type first.
+            change: applied to every weight, in float32, before it is used.
         """

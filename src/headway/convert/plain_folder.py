@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from headway.convert.architecture import Architecture, architecture, match_base
-from headway.convert.lazy_model import LazyModel, LazyTensor
+from headway.convert.lazy_model import LazyModel, LazyTensor, WeightChange
 from headway.convert.safetensors_files import INDEX_FILE, SINGLE_FILE, open_checkpoint, write_checkpoint, writing_order
 from headway.errors import CheckpointError, IncompatibleModelError
 from headway.model.checkpoint import has_heads
@@ -56,11 +56,11 @@ class PlainFolder:
         return (f"the {model.num_future_tokens - 1} heads were left behind",) if model.heads else ()
 
     def logits(
-        self, folder: Path, tokens_BT: Tensor, *, base: Path | None = None, rounded_to: torch.dtype | None = None
+        self, folder: Path, tokens_BT: Tensor, *, base: Path | None = None, change: WeightChange | None = None
     ) -> Tensor:
         """See `ModelFormat.logits`; N is 1."""
         causal_lm = load_plain(folder)
-        round_weights(causal_lm, rounded_to)
+        change_weights(causal_lm, change)
         with torch.no_grad():
             logits_BTV: Tensor = causal_lm(tokens_BT, use_cache=False).logits
         return logits_BTV[:, :, None]
@@ -170,9 +170,9 @@ def load_plain(folder: Path) -> Any:
     return causal_lm.eval()
 
 
-def round_weights(module: torch.nn.Module, dtype: torch.dtype | None) -> None:
-    """Round the parameters to `dtype` in place, keeping their own type; buffers (rotary frequencies) stay exact."""
-    if dtype is not None:
+def change_weights(module: torch.nn.Module, change: WeightChange | None) -> None:
+    """Change the parameters in place; buffers (rotary frequencies) stay as they are."""
+    if change is not None:
         with torch.no_grad():
             for parameter in module.parameters():
-                parameter.copy_(parameter.to(dtype).to(parameter.dtype))
+                parameter.copy_(change(parameter))

@@ -14,7 +14,7 @@ class Verification:
         max_abs_difference: per offset of the result, in float32 logits on random tokens; None where the source has no
             such offset and the head was drawn fresh.
         max_abs_logit: largest logit of the source, for scale.
-        limit: largest difference that passes.
+        limit: largest difference that passes, from the model's own float32 noise.
         num_tokens: tokens compared.
         tensors_compared: tensors that were read back and compared bit for bit with what was to be written.
         missing: tensors that the written folder lacks (a folder with any is not kept).

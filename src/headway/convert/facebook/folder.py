@@ -20,7 +20,7 @@ from headway.convert.facebook.forward import meta_logits
 from headway.convert.facebook.params import PARAMS_FILE, FacebookParams, from_config, read_params, to_config
 from headway.convert.facebook.shards import PATTERN, open_shards
 from headway.convert.facebook.tensors import from_meta, meta_name_of_base, meta_name_of_head, to_meta
-from headway.convert.lazy_model import LazyModel, LazyTensor
+from headway.convert.lazy_model import LazyModel, LazyTensor, WeightChange
 from headway.convert.torch_files import write_torch_file
 from headway.errors import CheckpointError, HeadwayError, IncompatibleModelError
 from headway.model.config import MultiTokenConfig
@@ -106,11 +106,11 @@ class FacebookFolder:
         return tuple(notes)
 
     def logits(
-        self, folder: Path, tokens_BT: Tensor, *, base: Path | None = None, rounded_to: torch.dtype | None = None
+        self, folder: Path, tokens_BT: Tensor, *, base: Path | None = None, change: WeightChange | None = None
     ) -> Tensor:
         """See `ModelFormat.logits`: a forward of the layout's own, which never meets Hugging Face's order of rows."""
         params = read_params(folder)
-        return meta_logits(open_shards(folder, params), params, tokens_BT, rounded_to=rounded_to)
+        return meta_logits(open_shards(folder, params), params, tokens_BT, change=change)
 
 
 class _Said:

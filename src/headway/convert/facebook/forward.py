@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from headway.convert.facebook.params import FacebookParams
 from headway.convert.facebook.tensors import EXTRA_HEADS
-from headway.convert.lazy_model import LazyTensor
+from headway.convert.lazy_model import LazyTensor, WeightChange
 
 
 def meta_logits(
@@ -27,7 +27,7 @@ def meta_logits(
     params: FacebookParams,
     tokens_BT: Tensor,
     *,
-    rounded_to: torch.dtype | None = None,
+    change: WeightChange | None = None,
 ) -> Tensor:
     """Logits [B, T, N, V] in float32.
 
@@ -35,11 +35,12 @@ def meta_logits(
         tensors: by Meta's names, whole.
         params: sizes.
         tokens_BT: token ids.
-        rounded_to: round the weights to this type first.
+        change: applied to every weight, in float32, before it is used.
     """
 
     def weight(name: str) -> Tensor:
-        return tensors[name].to(rounded_to).read().float()
+        values = tensors[name].read().float()
+        return values if change is None else change(values)
 
     def normed(hidden_BTD: Tensor, name: str) -> Tensor:
         return F.rms_norm(hidden_BTD, (params.dim,), weight(name), eps=params.norm_eps)
