@@ -191,7 +191,7 @@ def _folder_footprint(
 
 
 def _base_config(folder: Path) -> Any:
-    from transformers import AutoConfig
+    from headway.model.base_folder import read_base_config
 
     if not (folder / "config.json").is_file():
         raise CheckpointError(
@@ -200,7 +200,9 @@ def _base_config(folder: Path) -> Any:
             path=folder,
         )
     try:
-        return AutoConfig.from_pretrained(folder)
+        return read_base_config(folder)
+    except HeadwayError:
+        raise
     except Exception as error:  # transformers lets whatever a damaged file causes escape
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise CheckpointError(f"{folder / 'config.json'} cannot be read: {reason}; restore it", path=folder) from error

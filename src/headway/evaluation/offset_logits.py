@@ -66,7 +66,7 @@ def offset_logit_chunks(
 
     Equal to slices of `model(..., return_future_logits=True).future_logits`; peak logits are [chunk_tokens,
     V]. Attention does not cross documents (position ids that restart, document ids that change), as in
-    training.
+    training. Heads that draft in turn are told the text's own tokens; where a document has none, logits are NaN.
 
     Args:
         model: any multi-token model; call it inside `evaluation_mode`.
@@ -98,14 +98,16 @@ def offset_logit_chunks(
             document_ids_BT=document_ids_BT,
         ),
         position_ids=position_ids_BT,
+        document_ids=document_ids_BT,
         use_cache=False,
         num_offsets=wanted,
     )
-    for offset in range(1, wanted + 1):
-        source_BTD = hidden.last_hidden_BTD if offset == 1 else hidden.future_hidden[offset - 2]
+    for offset, (source_BTD, previous_BT) in enumerate(zip(hidden.hidden, hidden.previous, strict=True), start=1):
         flat_PD = source_BTD.reshape(-1, source_BTD.shape[-1])
+        previous_P = None if previous_BT is None else previous_BT.flatten()
         for start in range(0, flat_PD.shape[0], chunk_tokens):
             positions = slice(start, min(start + chunk_tokens, flat_PD.shape[0]))
-            piece_PD = flat_PD[positions]
-            logits_PV = model.unembed(piece_PD if offset == 1 else model.final_norm(piece_PD))
+            logits_PV = model.offset_logits(
+                flat_PD[positions], offset=offset, previous=None if previous_P is None else previous_P[positions]
+            )
             yield OffsetChunk(offset, positions, logits_PV if logits_PV.dtype == torch.float64 else logits_PV.float())

@@ -267,6 +267,12 @@ class Heads(nn.Module):
         return []
 
     @property
+    def vocabulary_matrices(self) -> list[nn.Linear]:
+        """Maps onto the vocabulary that the heads own: unembeddings, and the bias of the previous token."""
+        own = [] if self.unembeddings is None else [cast(nn.Linear, module) for module in self.unembeddings]
+        return own if self.markov is None else [*own, self.markov.to_logits]
+
+    @property
     def autoregressive(self) -> bool:
         """Whether an offset's draft needs the tokens drafted before it, so that offsets are drafted in turn."""
         return self.reads_tokens or self.markov is not None

@@ -22,7 +22,7 @@ class CacheFootprint:
     """Keys and values that decoding keeps, heads included.
 
     Attributes:
-        layers: layers with a cache: the base's and the n - 1 heads'.
+        layers: layers with a cache: the base's and the heads' (n - 1 with one decoder layer per head).
         sliding_layers: those of them that look back only `sliding_window` tokens (heads look back like the last layer).
         sliding_window: tokens; None where no layer slides.
         bytes_per_token: keys and values of one token of one row in all layers.
@@ -53,7 +53,7 @@ class ModelFootprint:
         total_parameters: every weight once, heads included.
         embedding_parameters: token embedding, and position embedding where the family learns one.
         unembedding_parameters: the output matrix; 0 where it is tied to the token embedding.
-        head_parameters: heads of offsets 2..n alone, which share norm and unembedding with the base.
+        head_parameters: heads of offsets 2..n alone, with unembeddings of their own where they have them.
         dtype: of weights and cache.
         cache: keys and values.
     """
@@ -111,7 +111,7 @@ def attached_footprint(base_config: Any, mtp_config: MultiTokenConfig, *, dtype:
 
 def model_footprint(model: MultiTokenLM, *, dtype: torch.dtype) -> ModelFootprint:
     """The footprint of this model if its weights and its cache were held in `dtype`."""
-    embedding = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)}
+    embedding = {id(m.weight): m.weight.numel() for m in model.base.modules() if isinstance(m, nn.Embedding)}
     unembedding = model.base.get_output_embeddings().weight
     return ModelFootprint(
         total_parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -119,19 +119,27 @@ def model_footprint(model: MultiTokenLM, *, dtype: torch.dtype) -> ModelFootprin
         unembedding_parameters=0 if id(unembedding) in embedding else unembedding.numel(),
         head_parameters=sum(parameter.numel() for parameter in model.heads.parameters()),
         dtype=dtype,
-        cache=cache_footprint(model.base.config, model.num_future_tokens, dtype=dtype),
+        cache=cache_footprint(
+            model.base.config,
+            model.num_future_tokens,
+            dtype=dtype,
+            num_head_layers=model.heads.cache_layers(model.num_future_tokens - 1),
+        ),
     )
 
 
-def cache_footprint(base_config: Any, num_future_tokens: int, *, dtype: torch.dtype) -> CacheFootprint:
+def cache_footprint(
+    base_config: Any, num_future_tokens: int, *, dtype: torch.dtype, num_head_layers: int | None = None
+) -> CacheFootprint:
     """The cache of a base of this configuration with heads for `num_future_tokens`.
 
     Args:
         base_config: configuration of the base as it is saved.
         num_future_tokens: n, the next token included.
         dtype: of keys and values.
+        num_head_layers: cache layers of the heads, where it is not one for each.
     """
-    num_heads = num_future_tokens - 1
+    num_heads = num_future_tokens - 1 if num_head_layers is None else num_head_layers
     window = getattr(base_config, "sliding_window", None)
     types = list(getattr(base_config, "layer_types", None) or [])
     if types:
@@ -142,7 +150,7 @@ def cache_footprint(base_config: Any, num_future_tokens: int, *, dtype: torch.dt
         layers=len(sliding),
         sliding_layers=sum(sliding),
         sliding_window=window if any(sliding) else None,
-        bytes_per_token=kv_bytes_per_token(base_config, num_future_tokens, dtype),
+        bytes_per_token=kv_bytes_per_token(base_config, num_heads + 1, dtype),
     )
 
 
