@@ -45,7 +45,7 @@ def test_gradient_checkpointing_does_not_take_the_cache_away():
     batch = ragged_batch([4, 7], "lr")
     options = {"attention_mask": batch.attention_mask, "max_new_tokens": NEW}
     expected = model.generate(batch.input_ids, **options)
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     model.train()
     assert torch.equal(model.generate(batch.input_ids, **options), expected)
     assert model.training
