@@ -99,6 +99,7 @@ def compile_layers(
         reason = "no C++ compiler is on the path"
     else:
         began = time.perf_counter()
+        notice("compiling the layers (the first time on a machine can take a minute)")
         try:
             compiler = LayerCompiler(layers)
             _warm_up(model, compiler, batch, precision)

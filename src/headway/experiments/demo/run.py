@@ -42,6 +42,7 @@ from headway.training.loop import TrainResult, train
 from headway.training.metrics import read_metrics
 from headway.training.run import Evaluator
 from headway.training.run_directory import METRICS
+from headway.training.threads import thread_count
 
 REPORT, RESULT = "report.html", "result.json"
 
@@ -107,7 +108,7 @@ def run_demo(
     )
     if config.precision != resolve_config(recipe=RECIPE).precision and not options.quick:
         console.print("this machine has no fast bfloat16: training in float32, which takes longer")
-    with _threads(options.threads):
+    with thread_count(options.threads):
         with timer.part("preparing the text"):
             corpus = read_corpus(config)
             prompts = held_out_prompts(
@@ -257,14 +258,3 @@ def _finish(options: DemoOptions, result: DemoResult, timer: PartTimer, console:
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    former = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(former)
