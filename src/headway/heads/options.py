@@ -104,5 +104,6 @@ def check_options(heads: str, options: HeadOptions) -> None:
 
 
 def options_from(values: Any) -> HeadOptions:
-    """The head options among the attributes of a configuration."""
-    return HeadOptions(**{field.name: getattr(values, field.name) for field in fields(HeadOptions)})
+    """The head options among the attributes of a configuration; those that it does not have ask for nothing."""
+    found: dict[str, Any] = {field.name: getattr(values, field.name, field.default) for field in fields(HeadOptions)}
+    return HeadOptions(**found)

@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any, Literal
 
 from headway.errors import ConfigError
+from headway.heads.options import check_options, decoder_layers, options_from
 from headway.training.fields import check_limits, field_specs, option, parse_value
 
 MODEL, DATA, OPTIMIZATION, COMPUTE, OUTPUT = (
@@ -68,6 +69,33 @@ class TrainConfig:
     num_future_tokens: int = option(
         4, "Tokens predicted per position, the next one included; 1 is the plain model.",
         group=MODEL, at_least=1, on_resume="free")
+    heads: Literal["transformer", "linear", "replicated_unembedding", "medusa", "hydra", "sequential"] = option(
+        "transformer", "Architecture of the heads beyond the next token; docs/concepts.md has their formulas.",
+        group=MODEL, on_resume="refuse")
+    wiring: Literal["parallel", "causal", "anticausal"] = option(
+        "parallel", "Transformer heads: each reads the trunk (parallel), the head before it (causal) or after it "
+        "(anticausal: the next-token path runs through all heads).", group=MODEL, on_resume="refuse")
+    layers_per_head: int = option(
+        1, "Transformer heads: decoder layers of each.", group=MODEL, at_least=1, on_resume="refuse")
+    tap_back: int = option(
+        0, "Transformer and linear heads: read so many layers before the usual place.",
+        unit="layers", group=MODEL, at_least=0, on_resume="refuse")
+    blocks_per_head: int = option(
+        1, "Medusa and hydra heads: residual blocks of each.", group=MODEL, at_least=1, on_resume="refuse")
+    own_unembedding: bool | None = option(
+        None, "Medusa and hydra heads: an unembedding for each offset; none: true there.",
+        group=MODEL, on_resume="refuse")
+    share_modules: bool = option(
+        False, "Sequential heads: one module for all depths.", group=MODEL, on_resume="refuse")
+    own_output_norm: bool = option(
+        False, "Sequential heads: an output norm for each module instead of the final norm.",
+        group=MODEL, on_resume="refuse")
+    markov_rank: int = option(
+        0, "Parallel heads: rank of a bias on the logits from the previous token; 0 adds none, 256 is usual.",
+        group=MODEL, at_least=0, on_resume="refuse")
+    shorten_trunk: bool = option(
+        True, "Take the decoder layers of the heads from the trunk, so that the model has the layers given in all; "
+        "off, they come on top.", group=MODEL, on_resume="refuse")
     offset_weights: tuple[float, ...] | None = option(
         None, "Loss weight of each offset, the next token first; none: all 1, as in the paper.",
         group=MODEL, at_least=0)
@@ -285,11 +313,14 @@ def _check_model(config: TrainConfig) -> None:
                 f"num_heads must be a multiple of num_kv_heads: got num_heads={config.num_heads} and "
                 f"num_kv_heads={config.num_kv_heads}; change one of them"
             )
-    if config.num_layers is not None and config.num_future_tokens > config.num_layers:
+    options = options_from(config)
+    check_options(config.heads, options)
+    taken = decoder_layers(config.heads, options, num_heads=config.num_future_tokens - 1) if config.shorten_trunk else 0
+    if config.num_layers is not None and taken >= config.num_layers:
         raise ConfigError(
             "num_future_tokens must be at most num_layers, which counts the head layers: got "
-            f"num_future_tokens={config.num_future_tokens} and num_layers={config.num_layers}; lower "
-            "num_future_tokens or raise num_layers"
+            f"num_future_tokens={config.num_future_tokens}, whose heads have {taken} layers, and "
+            f"num_layers={config.num_layers}; lower num_future_tokens or raise num_layers"
         )
     if config.offset_weights is not None and len(config.offset_weights) != config.num_future_tokens:
         raise ConfigError(

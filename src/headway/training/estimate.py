@@ -19,7 +19,7 @@ from headway.data.tokenizers import load_tokenizer
 from headway.model.memory import model_footprint
 from headway.model.multi_token_lm import MultiTokenLM
 from headway.training.config import TrainConfig
-from headway.training.model_building import base_config, multi_token_config
+from headway.training.model_building import base_config, fresh_model
 from headway.training.optimizers import parameter_kinds
 from headway.training.precision import forward_precision
 
@@ -93,7 +93,7 @@ def plan_training(config: TrainConfig) -> TrainingPlan:
     """
     shape = base_config(config, load_tokenizer(config.tokenizer))
     with torch.device("meta"):
-        model = MultiTokenLM.from_config(shape, multi_token_config(config))
+        model = fresh_model(config, shape)
     footprint = model_footprint(model, dtype=torch.float32)
     return TrainingPlan(
         total_parameters=footprint.total_parameters,

@@ -12,7 +12,6 @@ import torch
 
 from headway.data.tokenizers import load_tokenizer
 from headway.errors import ConfigError
-from headway.model.multi_token_lm import MultiTokenLM
 from headway.provenance import provenance
 from headway.training.checkpoint import RunState
 from headway.training.config import TrainConfig
@@ -25,7 +24,7 @@ from headway.training.events import (
 from headway.training.identity import check_same_run, run_identity
 from headway.training.initialization import scaled_initialization
 from headway.training.metrics import MetricsWriter, read_metrics
-from headway.training.model_building import base_config, multi_token_config
+from headway.training.model_building import base_config, fresh_model
 from headway.training.optimizers import TrainingOptimizer
 from headway.training.rng import preserved_rng, seed_everything
 from headway.training.run import Evaluator, TrainingRun
@@ -118,7 +117,6 @@ def train(
         device = _device(config)
         tokenizer = load_tokenizer(config.tokenizer)
         shape = base_config(config, tokenizer)
-        multi_token = multi_token_config(config)
         write_text(folder / CONFIG, to_yaml(config))
         data = prepare_data(
             config,
@@ -144,7 +142,7 @@ def train(
             if changes:
                 announce(Notice(f"resuming with changed options: {'; '.join(changes)}"))
         seed_everything(config.seed)
-        model = MultiTokenLM.from_config(shape, multi_token)
+        model = fresh_model(config, shape)
         if config.initialization == "scaled":
             scaled_initialization(model)
         model.to(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,7 +10,9 @@ from transformers import AutoConfig
 
 from headway.data.tokenizers import vocabulary_size
 from headway.errors import ConfigError
+from headway.heads.options import options_from
 from headway.model.config import MultiTokenConfig
+from headway.model.multi_token_lm import MultiTokenLM
 from headway.model.sizes import PAPER_SIZES, feed_forward_width
 from headway.training.config import TrainConfig
 from headway.training.fields import nearest
@@ -25,7 +28,19 @@ def multi_token_config(config: TrainConfig) -> MultiTokenConfig:
         offset_weights=config.offset_weights,
         loss_chunk_tokens=config.loss_chunk_tokens,
         head_init="fresh",
+        heads=config.heads,
+        **asdict(options_from(config)),
     )
+
+
+def fresh_model(config: TrainConfig, shape: Any) -> MultiTokenLM:
+    """The model of a run with weights as the family draws them.
+
+    Args:
+        config: of the run.
+        shape: from `base_config`.
+    """
+    return MultiTokenLM.from_config(shape, multi_token_config(config), shorten_trunk=config.shorten_trunk)
 
 
 def base_config(config: TrainConfig, tokenizer: Any) -> Any:
