@@ -54,6 +54,7 @@ def open_sources(
     token_rules: TokenRules,
     stream_directory: Path,
     suffixes: Sequence[str] | None = None,
+    seen: SeenFiles | None = None,
     notice: Callable[[str], None] = lambda text: None,
 ) -> list[OpenedSource]:
     """Find the files of sources; streams are brought to disk first.
@@ -66,6 +67,7 @@ def open_sources(
         token_rules: what raw ids mean.
         stream_directory: where streams are kept.
         suffixes: of files in folders and globs, such as [".py"]; with or without a suffix of compression.
+        seen: files that belong to others, and are left out here; grows by the files found.
         notice: told about streams that are read.
 
     Raises:
@@ -76,7 +78,7 @@ def open_sources(
     labels = source_labels(specs)
     prefixes = [""] if len(specs) == 1 else labels
     wanted = wanted_suffixes(suffixes)
-    seen: SeenFiles = set()
+    seen = set() if seen is None else seen
     sources = []
     for spec, label, prefix in zip(specs, labels, prefixes, strict=True):
         report = SourceReport()

@@ -22,7 +22,7 @@ class SourceReport:
         documents: given.
         num_bytes: given.
         empty: files or records without a byte, left out.
-        repeated: files met before under another name (links), left out.
+        repeated: files met before under another name (links) or in another source, left out.
         hidden: files and folders whose name starts with a dot, and `__pycache__`, left out unless named by the caller.
         other_suffix: files without one of the suffixes asked for, left out.
         special: devices, pipes, sockets and dangling links, left out.
@@ -65,7 +65,7 @@ class SourceReport:
         more = ", ..." if len(self.unreadable) > NAMED_IN_REPORT else ""
         left_out = {
             "empty": self.empty,
-            "repeated by links": self.repeated,
+            "met before (links, or named twice)": self.repeated,
             "hidden": self.hidden,
             "of another suffix": self.other_suffix,
             "not regular files": self.special,

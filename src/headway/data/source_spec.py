@@ -10,7 +10,8 @@ r"""`SourceSpec`: one source of training text, as a line of text, a mapping of Y
     hf:owner/name::split=train,field=text     a dataset of the hub (or of a local folder that load_dataset takes)
     hf:owner/name::streaming=true,take=100000
 
-After `::` come options, `key=value`, separated by commas; in a value `\,` is a comma, `\n` a newline, `\\` a backslash.
+After the last `::` come options, `key=value`, separated by commas; in a value `\,` is a comma, `\n` a newline, `\:` a
+colon, `\\` a backslash.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ STANDARD_LIBRARY = "stdlib"
 HUB = "hf:"
 """What the path of a Hugging Face dataset begins with."""
 
-_ESCAPES = {"\\": "\\\\", ",": "\\,", "\n": "\\n", "\t": "\\t"}
+_ESCAPES = {"\\": "\\\\", ",": "\\,", ":": "\\:", "\n": "\\n", "\t": "\\t"}
 _UNESCAPED = {"n": "\n", "t": "\t"}
 _INTEGER_TYPE = re.compile(r"[<>=|]?(?:u?int(?:8|16|32|64)|[iu][1248])")
 
