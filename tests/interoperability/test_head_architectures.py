@@ -12,7 +12,7 @@ from head_cases import head_model
 from headway.model.lora import lora_module_names
 from headway.model.multi_token_lm import MultiTokenLM
 from tiny_models import random_tokens
-from trainer_cases import copy_of_state, same_state, trainer
+from trainer_cases import copy_of_state, rows, same_state, trainer
 
 # One of every class of heads, with lists of layers, unembeddings and biases of their own among them.
 ARCHITECTURES = [
@@ -43,6 +43,28 @@ def test_the_trainer_resumes_bit_for_bit(architecture, tmp_path):
     resumed = head_model(architecture, seed=5)
     trainer(resumed, tmp_path / "again", **options).train(resume_from_checkpoint=True)
     assert same_state(copy_of_state(resumed), copy_of_state(whole))
+
+
+def test_the_best_model_comes_back_where_the_base_is_kept_from_plain_loaders(tmp_path):
+    model = head_model("anticausal-markov")
+    trained = trainer(
+        model,
+        tmp_path,
+        eval_dataset=rows(4, seed=5),
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        max_steps=3,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=True,
+    )
+    trained.train()
+    best = MultiTokenLM.from_pretrained(trained.state.best_model_checkpoint)
+    last = MultiTokenLM.from_pretrained(tmp_path / "checkpoint-3")
+    assert same_state(copy_of_state(model), best.state_dict())
+    assert not same_state(last.state_dict(), best.state_dict())
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -2,7 +2,8 @@
 
 A base whose next-token path runs through its heads (anticausal wiring) is no model by itself: loaded plainly it would
 run and predict wrongly. Its folder therefore has at the top a config.json of a model type that no plain loader knows, with
-the base's own configuration inside, and the base's weights under `mtp/base/` without a config.json.
+the base's own configuration inside, and the base's weights under `mtp/base/` without a config.json. The index at the top
+points there, for the Hugging Face Trainer: it looks for nothing else when it resumes.
 """
 
 from __future__ import annotations
@@ -54,6 +55,9 @@ def save_base(model: Any, folder: Path, state: Mapping[str, Tensor], **options: 
         "base_config": json.loads(own.read_text(encoding="utf-8")),
     }
     own.unlink()
+    index = json.loads((inner / INDEX_FILE).read_text(encoding="utf-8"))
+    index["weight_map"] = {name: f"{BASE_FOLDER}/{file}" for name, file in index["weight_map"].items()}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True), encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
