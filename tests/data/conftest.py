@@ -2,10 +2,12 @@ import pytest
 
 from headway.data.collect import collect, open_sources
 from headway.data.formats.token_file import TokenRules
-from headway.data.sources import Document
 from headway.data.source_spec import parse_source
+from headway.data.sources import Document
 from headway.data.token_cache import build_token_cache
 from headway.data.tokenizers import byte_tokenizer
+
+BYTE_RULES = TokenRules(end_token_id=256, vocabulary_size=258)
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +33,7 @@ def byte_cache(tmp_path, tokenizer):
 def gather(tmp_path):
     """Collects sources given as lines: the collection and the reports."""
 
-    def gathered(*lines, suffixes=None, rules=TokenRules(end_token_id=256, vocabulary_size=258)):
+    def gathered(*lines, suffixes=None, rules=BYTE_RULES):
         sources = open_sources(
             [parse_source(line) for line in lines],
             token_rules=rules,

@@ -117,7 +117,7 @@ def test_records_that_change_after_they_were_read_are_noticed(tmp_path, gather):
         _ = collection[1].data
     path.write_text("{}\n")
     collection.close()
-    with pytest.raises(DataError, match="changed while|became shorter"):
+    with pytest.raises(DataError, match=r"changed while|became shorter"):
         _ = collection[1].data
 
 

@@ -136,7 +136,7 @@ def test_a_prompt_and_its_completion_are_encoded_apart(tmp_path):
     again = TokenCache.open(cache.directory)
     assert again.prompt_lengths.tolist() == cache.prompt_lengths.tolist()
     (cache.directory / "prompts.npy").write_bytes(b"x")
-    with pytest.raises(DataError, match="prompts.npy was truncated"):
+    with pytest.raises(DataError, match=r"prompts.npy was truncated"):
         TokenCache.open(cache.directory)
 
 

@@ -249,7 +249,7 @@ def test_names_of_the_hub_may_be_folders_that_load_dataset_takes(tmp_path, gathe
     (tmp_path / "repo/train.jsonl").write_bytes(lines(*({"text": f"t{number}"} for number in range(5))))
     collection, _ = gather(f"hf:{tmp_path}/repo::split=train,take=4")
     assert texts(collection) == [b"t0", b"t1", b"t2", b"t3"]
-    with pytest.raises(DataError, match="could not be loaded.*check its name"):
+    with pytest.raises(DataError, match=r"could not be loaded.*check its name"):
         gather(f"hf:{tmp_path}/missing")
 
 

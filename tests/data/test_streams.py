@@ -61,11 +61,10 @@ def test_more_of_a_stream_is_read_on_from_what_is_there(tmp_path):
 
 def test_a_stream_that_breaks_off_keeps_whole_shards_and_is_taken_up(tmp_path):
     def breaking():
-        for record in itertools.islice(endless(), 60):
-            yield record
+        yield from itertools.islice(endless(), 60)
         raise ConnectionResetError("the network is gone")
 
-    with pytest.raises(DataError, match="broke off .the network is gone.; what was read is kept"):
+    with pytest.raises(DataError, match=r"broke off .the network is gone.; what was read is kept"):
         materialize_stream(breaking, tmp_path / "s", spec=spec(100), name="s")
     kept = sum(json.loads((tmp_path / "s/stream.json").read_text())["records"])
     assert 0 < kept <= 60
@@ -110,7 +109,7 @@ def test_shuffle_buffers_are_refused_with_the_reason(tmp_path):
     data = datasets.Dataset.from_dict({"text": ["a", "b"]}).to_iterable_dataset()
     refuse_shuffle_buffer(data.take(1))
     for shuffled in (data.shuffle(seed=1, buffer_size=10), data.shuffle(seed=1, buffer_size=10).skip(1)):
-        with pytest.raises(DataError, match="lost when a run is killed.*headway shuffles all rows"):
+        with pytest.raises(DataError, match=r"lost when a run is killed.*headway shuffles all rows"):
             refuse_shuffle_buffer(shuffled)
         with pytest.raises(DataError, match="shuffles in a buffer"):
             materialize_stream(lambda stream=shuffled: stream, tmp_path / "s", spec=spec(1), name="s")
