@@ -1,4 +1,4 @@
-"""Plain weights of the base that a training loop loads into a multi-token model bring their heads along.
+"""Plain base weights that a loop loads into a multi-token model bring their heads along.
 
 A saved folder is a plain checkpoint of its base, so a loop that reads its `model.safetensors` and calls
 `load_state_dict(..., strict=False)`, as the Hugging Face Trainer does for `resume_from_checkpoint` and
