@@ -47,6 +47,12 @@ def save_base(model: Any, folder: Path, state: Mapping[str, Tensor], **options: 
     inner = folder / BASE_FOLDER
     model.base.save_pretrained(inner, state_dict=dict(state), **options)
     _write_index(inner)
+    hide_config(folder)
+
+
+def hide_config(folder: Path) -> None:
+    """Turn `mtp/base/config.json` into a config.json at the top that plain loaders refuse; the folder is whole after it."""
+    inner = folder / BASE_FOLDER
     own = inner / "config.json"
     document = {
         "model_type": SPLICED_MODEL_TYPE,
