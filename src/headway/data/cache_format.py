@@ -26,6 +26,8 @@ TOKENS_FILE = "tokens.bin"
 DOCUMENTS_FILE = "documents.npy"
 PROMPTS_FILE = "prompts.npy"
 METADATA_FILE = "metadata.json"
+INDEX_PREFIX = "corpus-"
+"""What files begin with that say what a cache belongs to (`headway.data.corpus`)."""
 CACHE_FILES = frozenset({TOKENS_FILE, DOCUMENTS_FILE, PROMPTS_FILE, METADATA_FILE})
 
 

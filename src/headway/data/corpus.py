@@ -1,11 +1,11 @@
 """What a run trains on and what it holds out, from sources to token caches.
 
-    <directory>/<fingerprint>/    a token cache, shared by all corpora with the same text and tokenizer
+    <directory>/<fingerprint>/    a token cache, shared by all corpora with the same text and tokenizer; in it,
+        corpus-<key>.json         which caches make up a corpus with this one: found again without reading the text
     <directory>/streams/          what streams gave (`headway.data.formats.stream`)
-    <directory>/index/            which caches a corpus has: found again without reading the text
 
-The index knows a corpus by its options and by size and time of the last change of every file. A file whose content is
-changed while both stay is taken for unchanged.
+The key of a corpus is made of its options and of size and time of the last change of every file. A file whose content
+is changed while both stay is taken for unchanged.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headway.data.cache_format import TokenCache
+from headway.data.cache_format import INDEX_PREFIX, TokenCache
 from headway.data.collect import OpenedSource, collect, open_sources, source_labels
 from headway.data.collection import Collection
 from headway.data.document import Document
@@ -183,8 +183,8 @@ def prepare_corpus(
     # held-out files first: one that lies in a folder of training text belongs to them
     held_out_sources = opened(spec.held_out) if spec.held_out else []
     sources = opened(spec.sources)
-    index = directory / "index" / f"{_index_key(spec, [sources, held_out_sources], tokenizer)}.json"
-    corpus = _indexed(index, directory, notice)
+    index = f"{INDEX_PREFIX}{_index_key(spec, [sources, held_out_sources], tokenizer)}.json"
+    corpus = _indexed(directory, index, notice)
     if corpus is not None:
         return corpus
     said: list[str] = []
@@ -207,7 +207,7 @@ def prepare_corpus(
         parts=tuple(CorpusPart(name, cache(documents), weight) for name, documents, weight in _parts(spec, train)),
         held_out=cache(held_out) if held_out else None,
     )
-    _write_index(index, corpus, said)
+    _write_index(corpus.parts[0].cache.directory / index, corpus, said, notice)
     return corpus
 
 
@@ -272,14 +272,18 @@ def _index_key(spec: CorpusSpec, sources: Sequence[Sequence[OpenedSource]], toke
     return hashlib.sha256(json.dumps(content).encode(errors="surrogatepass")).hexdigest()[:32]
 
 
-def _indexed(index: Path, directory: Path, notice: Notice) -> Corpus | None:
+def _indexed(directory: Path, name: str, notice: Notice) -> Corpus | None:
     """The corpus that an index names; None where there is none, or a cache is gone."""
-    try:
-        content = json.loads(index.read_bytes())
-        parts = [(part["name"], directory / part["cache"], part["weight"]) for part in content["parts"]]
-        held_out = None if content["held_out"] is None else directory / content["held_out"]
-        said = [str(text) for text in content["notices"]]
-    except (OSError, ValueError, KeyError, TypeError):
+    for index in directory.glob(f"*/{name}"):
+        try:
+            content = json.loads(index.read_bytes())
+            parts = [(part["name"], directory / part["cache"], part["weight"]) for part in content["parts"]]
+            held_out = None if content["held_out"] is None else directory / content["held_out"]
+            said = [str(text) for text in content["notices"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        break
+    else:
         return None
     if not all(folder.is_dir() for _, folder, _ in parts) or not (held_out is None or held_out.is_dir()):
         return None
@@ -292,7 +296,7 @@ def _indexed(index: Path, directory: Path, notice: Notice) -> Corpus | None:
     return corpus
 
 
-def _write_index(index: Path, corpus: Corpus, said: Sequence[str]) -> None:
+def _write_index(index: Path, corpus: Corpus, said: Sequence[str], notice: Notice) -> None:
     content = {
         "parts": [
             {"name": part.name, "cache": part.cache.directory.name, "weight": part.weight} for part in corpus.parts
@@ -302,10 +306,8 @@ def _write_index(index: Path, corpus: Corpus, said: Sequence[str]) -> None:
     }
     unfinished = index.with_name(f".{index.name}.writing")
     try:
-        index.parent.mkdir(parents=True, exist_ok=True)
         unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         unfinished.replace(index)
     except OSError as error:
-        raise DataError(
-            f"cannot write {str(index)!r} ({error.strerror}); free some space or name another cache directory"
-        ) from error
+        # the caches are there and serve; only the next run has to read the text again to know it
+        notice(f"warning: {str(index)!r} could not be written ({error.strerror}); the next run reads all text again")

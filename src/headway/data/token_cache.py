@@ -16,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from headway.data.cache_format import CACHE_FILES, CacheMetadata, TokenCache
+from headway.data.cache_format import CACHE_FILES, INDEX_PREFIX, CacheMetadata, TokenCache
 from headway.data.cache_staging import Staging, aside, staging, unlock
 from headway.data.cache_writer import CacheWriter, Progress, read_progress
 from headway.data.document import Document
@@ -94,7 +94,10 @@ def build_token_cache(
 
 
 def _refuse_other_files(directory: Path) -> None:
-    others = sorted({path.name for path in directory.iterdir()} - CACHE_FILES) if directory.is_dir() else ["a file"]
+    others = ["a file"]
+    if directory.is_dir():
+        names = {path.name for path in directory.iterdir()} - CACHE_FILES
+        others = sorted(name for name in names if not name.lstrip(".").startswith(INDEX_PREFIX))
     if others:
         raise DataError(
             f"{str(directory)!r} holds something else than a token cache ({', '.join(map(repr, others[:3]))}); "

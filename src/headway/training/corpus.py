@@ -1,23 +1,18 @@
-"""From sources to token caches: read, split, drop near-duplicates, encode."""
+"""From the data options of a configuration to encoded text."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headway.data.fingerprint import data_fingerprint, tokenizer_fingerprint
-from headway.data.near_duplicates import drop_near_duplicates
-from headway.data.sources import Document, SourceReport, iter_files, standard_library
-from headway.data.split import split_by_group
-from headway.data.token_cache import TokenCache, build_token_cache
+from headway.data.cache_format import TokenCache
+from headway.data.corpus import Corpus, CorpusSpec, prepare_corpus
+from headway.data.packing import Rows
+from headway.data.source_spec import parse_source
 from headway.errors import DataError
 from headway.training.config import TrainConfig
-
-STANDARD_LIBRARY = "stdlib"
-"""The name in `TrainConfig.data` for the running interpreter's standard library."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,19 +20,42 @@ class TrainingData:
     """Encoded text.
 
     Attributes:
-        train: what is trained on.
-        held_out: what is only evaluated on; None where nothing is held out.
+        corpus: what is trained on and what is held out.
         tokenizer: a Hugging Face tokenizer.
     """
 
-    train: TokenCache
-    held_out: TokenCache | None
+    corpus: Corpus
     tokenizer: Any
+
+    @property
+    def train(self) -> TokenCache:
+        """What is trained on, where it is one cache.
+
+        Raises:
+            DataError: it is a mixture of several.
+        """
+        if len(self.corpus.parts) > 1:
+            raise DataError("a mixture is no single token cache: got one; read corpus.parts, or train without weights")
+        return self.corpus.parts[0].cache
+
+    @property
+    def held_out(self) -> TokenCache | None:
+        """What is only evaluated on; None where nothing is held out."""
+        return self.corpus.held_out
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the training tokens do, or the shares in which they are mixed."""
+        return self.corpus.fingerprint
 
     @property
     def tokenizer_fingerprint(self) -> str:
         """Changes when any text could be encoded otherwise."""
-        return self.train.metadata.tokenizer_fingerprint
+        return self.corpus.tokenizer_fingerprint
+
+    def rows(self, *, sequence_length: int, seed: int) -> Rows:
+        """The rows of an epoch and their order."""
+        return self.corpus.rows(sequence_length=sequence_length, seed=seed)
 
 
 def prepare_data(
@@ -53,44 +71,13 @@ def prepare_data(
 
     Raises:
         DataError: sources that cannot be read or hold no text, or too little of it to hold something out.
+        ConfigError: a source with an option that cannot work.
     """
-    documents: Sequence[Document] = list(_documents(config, notice))
-    held_out: Sequence[Document] = []
-    if config.held_out_fraction > 0:
-        split = split_by_group(documents, held_out_fraction=config.held_out_fraction, seed=config.split_seed)
-        documents, held_out = split.train, split.held_out
-        notice(split.describe())
-        if config.drop_near_duplicates:
-            report = drop_near_duplicates(documents, held_out)
-            documents = report.kept
-            if report.dropped:
-                notice(report.describe())
-    if not documents:
-        raise DataError("no document is left to train on: all are near-duplicates of held-out text; add text")
-    return TrainingData(
-        train=_cache(documents, tokenizer, directory),
-        held_out=_cache(held_out, tokenizer, directory) if held_out else None,
-        tokenizer=tokenizer,
+    spec = CorpusSpec(
+        sources=tuple(parse_source(line) for line in config.data),
+        held_out_fraction=config.held_out_fraction,
+        split_seed=config.split_seed,
+        drop_near_duplicates=config.drop_near_duplicates,
+        suffixes=config.suffixes,
     )
-
-
-def _documents(config: TrainConfig, notice: Callable[[str], None]) -> Iterator[Document]:
-    """Documents of all sources; names of the standard library get a prefix where other sources could share them."""
-    paths = [path for path in config.data if path != STANDARD_LIBRARY]
-    if STANDARD_LIBRARY in config.data:
-        report = SourceReport()
-        for document in standard_library(report=report):
-            if paths:
-                prefix = f"{STANDARD_LIBRARY}:"
-                document = Document(prefix + document.name, prefix + document.group, document.data)
-            yield document
-        notice(f"{STANDARD_LIBRARY}: {report.describe()}")
-    if paths:
-        report = SourceReport()
-        yield from iter_files(paths, suffixes=config.suffixes, report=report)
-        notice(f"{', '.join(paths)}: {report.describe()}")
-
-
-def _cache(documents: Sequence[Document], tokenizer: Any, directory: Path) -> TokenCache:
-    key = hashlib.sha256(f"{data_fingerprint(documents)}{tokenizer_fingerprint(tokenizer)}".encode()).hexdigest()
-    return build_token_cache(documents, tokenizer, directory / key[:16])
+    return TrainingData(prepare_corpus(spec, tokenizer, directory, notice=notice), tokenizer)

@@ -128,7 +128,7 @@ def train(
             base_config=shape,
             num_future_tokens=config.num_future_tokens,
             tokenizer_fingerprint=data.tokenizer_fingerprint,
-            data_fingerprint=data.train.fingerprint,
+            data_fingerprint=data.fingerprint,
             held_out_fingerprint=None if data.held_out is None else data.held_out.fingerprint,
         )
         if start.checkpoint is not None:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from headway.data.loader import PackedLoader
-from headway.data.packing import PackedTokens
 from headway.errors import TrainingError
 from headway.model.multi_token_lm import MultiTokenLM
 from headway.training.checkpoint import RunState, checkpoint_path, write_checkpoint
@@ -63,7 +62,7 @@ class TrainingRun:
         self.metrics, self.announce = metrics, announce
         self.state = state
         self.device = next(model.parameters()).device
-        packed = PackedTokens(data.train, sequence_length=config.sequence_length, seed=config.seed)
+        packed = data.rows(sequence_length=config.sequence_length, seed=config.seed)
         self.loader = PackedLoader(packed, batch_size=config.rows_per_step)
         self.resumed_from_step = state.step or None
         self.elapsed_before = state.elapsed_seconds
