@@ -12,6 +12,7 @@ import meta_llama
 from headway.convert.convert import convert
 from headway.convert.tokenizer import llama_tokenizer
 from headway.data.tokenizers import byte_tokenizer, load_tokenizer
+from headway.errors import CheckpointError
 from tiny_models import tiny_base, tiny_model
 
 SPACE = "\u2581"
@@ -44,9 +45,21 @@ def test_they_travel_into_every_format(target, source, tmp_path):
     assert set(report.companions) | set(report.left_behind) == {
         "original/" if path.is_dir() else path.name
         for path in source.iterdir()
-        if path.name
-        not in ("mtp", "config.json", "model.safetensors", "model.safetensors.index.json", ".gitattributes")
+        if path.name not in ("mtp", "config.json", "generation_config.json", ".gitattributes")
+        and not path.name.startswith("model.safetensors")
     }
+
+
+@pytest.mark.parametrize("target", ["headway", "hf", "facebook"])
+def test_generation_settings_travel_and_damaged_ones_are_named(target, source, tmp_path):
+    settings = json.loads((source / "generation_config.json").read_text()) | {"temperature": 0.7, "do_sample": True}
+    (source / "generation_config.json").write_text(json.dumps(settings))
+    convert(source, tmp_path / "b", source_format="headway", target_format=target)
+    convert(tmp_path / "b", tmp_path / "c", source_format=target, target_format="hf")
+    assert json.loads((tmp_path / "c" / "generation_config.json").read_text()) == settings
+    (source / "generation_config.json").write_text("[")
+    with pytest.raises(CheckpointError, match="restore or delete"):
+        convert(source, tmp_path / "d", source_format="headway", target_format=target)
 
 
 def test_links_as_the_hubs_cache_has_them_become_files(source, tmp_path):

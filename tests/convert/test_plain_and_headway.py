@@ -53,6 +53,7 @@ def test_a_plain_export_has_no_trace_of_heads_and_equals_the_base(family, tmp_pa
     assert not info["unexpected_keys"]
     with torch.no_grad():
         assert torch.equal(plain(TOKENS).logits, model.base(TOKENS).logits)
+    assert report.notes == ("heads left behind: 3",)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

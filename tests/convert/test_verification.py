@@ -14,10 +14,7 @@ from headway.convert import headway_folder, plain_folder, safetensors_files
 from headway.convert.convert import convert
 from headway.convert.facebook import folder as facebook_folder
 from headway.convert.facebook import tensors as facebook_tensors
-from headway.convert.formats import MODEL_FORMATS
-from headway.convert.future_tokens import with_future_tokens
-from headway.convert.lazy_model import LazyModel
-from headway.errors import CheckpointError, ConfigError, IncompatibleModelError
+from headway.errors import CheckpointError, ConfigError
 from tiny_models import tiny_base, tiny_model
 
 IMPORT = {"source_format": "facebook", "target_format": "headway"}
@@ -197,24 +194,3 @@ def test_a_lazy_tensor_is_cast_only_where_it_is_a_number_with_a_point():
     assert torch.equal(lazy.to(torch.float16).read(), tensor.half())
     counts = replace(lazy, dtype=torch.int64, read=lambda: tensor.long())
     assert counts.to(torch.float16) is counts
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "target", "match"),
-    [
-        ("wiring", "causal", "facebook", "wiring='causal'"),
-        ("heads", "medusa", "facebook", "heads='medusa'"),
-        ("wiring", "anticausal", "hf", "its base alone is another model"),
-    ],
-)
-def test_heads_that_a_layout_has_no_place_for_are_refused(field, value, target, match, tmp_path):
-    model = tiny_model(num_future_tokens=2)
-    config = replace(model.mtp_config)
-    object.__setattr__(config, field, value)
-    lazy = LazyModel(config=model.config, mtp_config=config, base={}, heads={})
-    with pytest.raises(IncompatibleModelError, match=match):
-        MODEL_FORMATS[target].write(lazy, tmp_path)
-    assert list(tmp_path.iterdir()) == []
-    if target == "facebook":
-        with pytest.raises(ConfigError, match=match):
-            with_future_tokens(lazy, 3, head_init="copy", seed=0)

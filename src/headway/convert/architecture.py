@@ -19,6 +19,8 @@ from headway.model.families import check_config
 from headway.model.fingerprint import untied_tensors
 from headway.model.multi_token_lm import MultiTokenLM
 
+PLAIN = MultiTokenConfig(num_future_tokens=1)
+
 Shapes = dict[str, tuple[int, ...]]
 
 # model_type -> name in a state dict -> name on disk, where transformers writes another one
@@ -28,9 +30,6 @@ _NAMES_ON_DISK: dict[str, dict[str, str]] = {"gpt_neox": {"lm_head.weight": "emb
 _COMPUTED = re.compile(r"rotary_emb\.inv_freq$|attention\.(?:bias|masked_bias)$|attn\.(?:bias|masked_bias)$")
 
 _MOST_NAMES = 16
-
-# What a configuration says beside the architecture of its heads.
-_NOT_ARCHITECTURE = ("num_future_tokens", "offset_weights", "head_init", "loss_chunk_tokens")
 
 
 @dataclass(frozen=True)
@@ -75,10 +74,12 @@ def unlike_the_paper(mtp_config: MultiTokenConfig) -> list[str]:
     >>> unlike_the_paper(MultiTokenConfig(num_future_tokens=4))
     []
     """
-    return [
-        f"{field.name}={getattr(mtp_config, field.name)!r}"
-        for field in fields(mtp_config)
-        if field.name not in _NOT_ARCHITECTURE and getattr(mtp_config, field.name) != field.default
+    differs = [] if mtp_config.heads == "transformer" else [f"heads={mtp_config.heads!r}"]
+    values = mtp_config.head_options
+    return differs + [
+        f"{field.name}={getattr(values, field.name)!r}"
+        for field in fields(values)
+        if getattr(values, field.name) != field.default
     ]
 
 

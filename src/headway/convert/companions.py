@@ -1,4 +1,4 @@
-"""The files that travel with a model: tokenizer, licence, model card, generation settings."""
+"""The files that travel with a model: tokenizer, licence, model card."""
 
 from __future__ import annotations
 
@@ -23,13 +23,9 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 PAPERS = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*", "README*", "MODEL_CARD*", "CITATION*")
-SETTINGS = ("generation_config.json",)
 
-TRAVELLING = (*TOKENIZER_FILES, *PAPERS, *SETTINGS)
+TRAVELLING = (*TOKENIZER_FILES, *PAPERS)
 """Patterns of file names, whatever the formats."""
-
-BELONGS_TO_THE_MODEL = (*TOKENIZER_FILES, *SETTINGS)
-"""Those that must not outlive the model that they were made for when its folder is overwritten."""
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,7 @@ from pathlib import Path
 
 import torch
 
-from headway.convert.companions import (
-    BELONGS_TO_THE_MODEL,
-    Companions,
-    copy_companions,
-    find_companions,
-)
+from headway.convert.companions import TOKENIZER_FILES, Companions, copy_companions, find_companions
 from headway.convert.formats import MODEL_FORMATS, model_format
 from headway.convert.future_tokens import with_future_tokens
 from headway.convert.lazy_model import LazyModel, ModelFormat
@@ -79,7 +74,7 @@ def convert(
     _check_folders(source, destination, base, reader)
     original = reader.read(source, base=base)
     model = _with_heads(original, reader, writer, num_future_tokens, head_init=head_init, seed=seed)
-    model = model.map(lambda tensor: tensor.to(dtype))
+    model = writer.prepare(model).map(lambda tensor: tensor.to(dtype))
     companions = find_companions(source, reader.files)
     notes: list[str] = []
     verification: list[Verification] = []
@@ -89,7 +84,7 @@ def convert(
         copy_companions(companions, source, folder)
         if writer.is_hugging_face:
             notes.extend(complete_tokenizer(folder))
-        notes.extend(writer.write(_watched(model, writer, progress), folder))
+        notes.extend(writer.write(_watched(model, progress), folder))
         if verify:
             found = verify_folder(
                 model,
@@ -112,7 +107,8 @@ def convert(
         write,
         overwrite=overwrite,
         replaces=[*markers, "model.safetensors", "consolidated.00.pth"],
-        removes=[*sorted(every_file), *BELONGS_TO_THE_MODEL],
+        # A tokenizer must not outlive the model that it was made for.
+        removes=[*sorted(every_file), *TOKENIZER_FILES],
     )
     return _report(original, model, reader, writer, files, companions, tuple(notes), verification)
 
@@ -161,10 +157,10 @@ def _with_heads(
     return with_future_tokens(model, num_future_tokens, head_init=head_init, seed=seed)
 
 
-def _watched(model: LazyModel, writer: ModelFormat, progress: Progress | None) -> LazyModel:
+def _watched(model: LazyModel, progress: Progress | None) -> LazyModel:
     if progress is None:
         return model
-    total = _num_bytes(model, writer)
+    total = model.num_bytes
     done = 0
 
     def add(num_bytes: int) -> None:
@@ -173,11 +169,6 @@ def _watched(model: LazyModel, writer: ModelFormat, progress: Progress | None) -
         progress(min(done, total), total)
 
     return model.map(lambda tensor: tensor.watched(add))
-
-
-def _num_bytes(model: LazyModel, writer: ModelFormat) -> int:
-    heads = model.heads.values() if writer.holds_heads else ()
-    return sum(tensor.num_bytes for tensor in (*model.base.values(), *heads))
 
 
 def _report(
@@ -190,18 +181,17 @@ def _report(
     notes: tuple[str, ...],
     verification: list[Verification],
 ) -> ConversionReport:
-    written = [*model.base.values(), *(model.heads.values() if writer.holds_heads else ())]
     return ConversionReport(
         source_format=reader.name,
         target_format=writer.name,
         model_type=str(model.config.model_type),
         base_name=model.base_name,
         source_num_future_tokens=original.num_future_tokens,
-        num_future_tokens=model.num_future_tokens if writer.holds_heads else 1,
-        dtype=",".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in written})),
+        num_future_tokens=model.num_future_tokens,
+        dtype=",".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in model.tensors})),
         num_base_tensors=len(model.base),
-        num_head_tensors=len(model.heads) if writer.holds_heads else 0,
-        num_bytes=_num_bytes(model, writer),
+        num_head_tensors=len(model.heads),
+        num_bytes=model.num_bytes,
         files=files,
         companions=companions.copied,
         left_behind=companions.left_behind,

@@ -7,17 +7,18 @@ model).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from headway.convert.architecture import Architecture, architecture, empty_model, unlike_the_paper
+from headway.convert.architecture import PLAIN, Architecture, architecture, empty_model
 from headway.convert.lazy_model import LazyModel, LazyTensor
-from headway.convert.plain_folder import PLAIN
 from headway.errors import ConfigError
-from headway.model.config import HeadInit
+from headway.heads.base import draw
+from headway.heads.options import HeadInit
+from headway.model.config import MultiTokenConfig
 
 
 def with_future_tokens(model: LazyModel, num_future_tokens: int, *, head_init: HeadInit, seed: int) -> LazyModel:
@@ -27,26 +28,30 @@ def with_future_tokens(model: LazyModel, num_future_tokens: int, *, head_init: H
         model: any model of the common form.
         num_future_tokens: the new n; 1 leaves no heads.
         head_init: how heads that are added start: as copies of the base's last layer, or as the family draws a layer.
-        seed: of fresh heads; the offset of each is added to it.
+        seed: of fresh heads; each layer adds its number to it.
 
     Raises:
-        ConfigError: heads of a kind that cannot be changed one by one.
+        ConfigError: heads that are part of the next-token path; heads of a kind to which none can be added.
     """
     old, new = model.num_future_tokens, num_future_tokens
     if new == old:
         return model
-    other = unlike_the_paper(model.mtp_config)
-    if other:
+    if model.mtp_config.changes_base:
         raise ConfigError(
-            f"num_future_tokens can be changed for parallel transformer heads alone: got {', '.join(other)}; leave it out"
+            f"heads with wiring={model.mtp_config.wiring!r} are part of the next-token path: without one of them, or with "
+            f"one more, it is another model; leave num_future_tokens out"
         )
-    heads = {name: tensor for name, tensor in model.heads.items() if int(name.partition(".")[0]) < new - 1}
     mtp_config = replace(model.mtp_config, num_future_tokens=new, offset_weights=_weights(model, new))
+    needed = architecture(model.config, mtp_config).heads
+    heads = {name: tensor for name, tensor in model.heads.items() if name in needed}
+    missing = sorted(needed.keys() - heads.keys())
     if new < old:
         notes: tuple[str, ...] = (f"heads dropped: {_offsets(new + 1, old)}",)
+    elif not missing and model.heads:
+        notes = (f"no head added: the shared module serves {_offsets(old + 1, new)} too",)
     else:
         mtp_config = replace(mtp_config, head_init=head_init)
-        heads |= _added(model, range(old - 1, new - 1), head_init=head_init, seed=seed)
+        heads |= _added(model, mtp_config, missing, seed=seed)
         how = "copies of the base's last layer" if head_init == "copy" else f"drawn at random (seed {seed})"
         notes = (f"heads added: {_offsets(old + 1, new)}, {how}; they need training before they predict",)
     if model.mtp_config.offset_weights is not None and new > old:
@@ -69,39 +74,50 @@ def last_layer(base: Mapping[str, LazyTensor], needed: Architecture) -> dict[str
     return {name.removeprefix(prefix): tensor for name, tensor in base.items() if name.startswith(prefix)}
 
 
-def _added(model: LazyModel, indices: range, *, head_init: HeadInit, seed: int) -> dict[str, LazyTensor]:
+def _added(model: LazyModel, mtp_config: MultiTokenConfig, names: Sequence[str], *, seed: int) -> dict[str, LazyTensor]:
+    if mtp_config.heads != "transformer" or not all(name[0].isdigit() for name in names):
+        raise ConfigError(
+            f"heads can be added to transformer heads alone, and not with a new Markov bias: got heads="
+            f"{mtp_config.heads!r}, markov_rank={mtp_config.markov_rank}; attach new heads with headway.attach_heads"
+        )
     layer = last_layer(model.base, architecture(model.config, PLAIN))
-    if head_init == "copy":
-        return {
-            f"{index}.{name}": replace(tensor, origin="copy") for index in indices for name, tensor in layer.items()
-        }
+    places = {name: _inside(name, mtp_config.layers_per_head) for name in names}
+    if mtp_config.head_init == "copy":
+        return {name: replace(layer[inside], origin="copy") for name, (_, inside) in places.items()}
 
-    # One head in memory: the writer takes the tensors of a head one after the other.
+    # One layer in memory: the writer takes the tensors of a layer one after the other.
     @functools.lru_cache(maxsize=1)
-    def head(index: int) -> dict[str, Tensor]:
-        return _fresh_head(model, layer, seed=seed + index + 2)
+    def drawn(place: int) -> dict[str, Tensor]:
+        return _fresh_layer(model, layer, seed=seed + place)
 
-    def reader(index: int, name: str) -> Callable[[], Tensor]:
-        return lambda: head(index)[name]
+    def reader(place: int, inside: str) -> Callable[[], Tensor]:
+        return lambda: drawn(place)[inside]
 
     return {
-        f"{index}.{name}": replace(tensor, read=reader(index, name), origin="fresh")
-        for index in indices
-        for name, tensor in layer.items()
+        name: replace(layer[inside], read=reader(place, inside), origin="fresh")
+        for name, (place, inside) in places.items()
     }
 
 
-def _fresh_head(model: LazyModel, layer: Mapping[str, LazyTensor], *, seed: int) -> dict[str, Tensor]:
+def _inside(name: str, layers_per_head: int) -> tuple[int, str]:
+    """Which layer of the heads, counted through, a tensor belongs to, and its name there.
+
+    >>> _inside("2.mlp.up_proj.weight", 1), _inside("2.1.mlp.up_proj.weight", 2)
+    ((2, 'mlp.up_proj.weight'), (5, 'mlp.up_proj.weight'))
+    """
+    head, _, inside = name.partition(".")
+    if layers_per_head == 1:
+        return int(head), inside
+    place, _, inside = inside.partition(".")
+    return int(head) * layers_per_head + int(place), inside
+
+
+def _fresh_layer(model: LazyModel, layer: Mapping[str, LazyTensor], *, seed: int) -> dict[str, Tensor]:
     empty = empty_model(model.config, PLAIN)
     drawn = empty.family.last_layer.to_empty(device="cpu")
     # What the family's initialiser leaves alone stays as in the last layer, as it does in attach_heads.
     drawn.load_state_dict({name: tensor.read() for name, tensor in layer.items()})
-    for parameter in drawn.parameters():
-        # Set by transformers on tensors that it has initialised; its initialiser skips tensors that have it.
-        if hasattr(parameter, "_is_hf_initialized"):
-            del parameter._is_hf_initialized
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for module in drawn.modules():
-            empty.base._init_weights(module)
+        draw(drawn, empty.base._init_weights)
     return {name: values.to(layer[name].dtype) for name, values in drawn.state_dict().items()}

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from headway.convert.architecture import architecture, check_complete
 from headway.convert.lazy_model import LazyModel, WeightChange
 from headway.convert.plain_folder import (
     PLAIN_FILES,
+    base_name,
     base_writing_order,
     change_weights,
     load_plain,
@@ -23,6 +25,7 @@ from headway.convert.plain_folder import (
 )
 from headway.convert.safetensors_files import open_safetensors, write_safetensors
 from headway.errors import CheckpointError
+from headway.model.base_folder import BASE_FOLDER, base_place, hide_config, read_base_config
 from headway.model.checkpoint import (
     CONFIG_FILE,
     HEADS_FILE,
@@ -41,7 +44,7 @@ class HeadwayFolder:
 
     name = "headway"
     marker = CONFIG_FILE
-    files = (*PLAIN_FILES, CONFIG_FILE, HEADS_FILE)
+    files = (*PLAIN_FILES, CONFIG_FILE, HEADS_FILE, f"{BASE_FOLDER}/*")
     holds_heads = True
     is_hugging_face = True
 
@@ -60,7 +63,12 @@ class HeadwayFolder:
             )
         if not alone and base is not None:
             raise CheckpointError(f"{folder} holds its base; leave --base out, it is for heads alone", path=folder)
-        plain = read_plain(base if alone and base is not None else folder)
+        if alone and base is not None:
+            plain = read_plain(base)
+        else:
+            place, _ = base_place(folder)
+            plain = read_plain(place, config=read_base_config(folder) if place != folder else None)
+            plain = replace(plain, base_name=base_name(folder))
         heads = open_safetensors(folder / HEADS_FILE)
         needed = architecture(plain.config, mtp_config).heads
         unknown = sorted(heads.keys() - needed.keys())
@@ -68,6 +76,10 @@ class HeadwayFolder:
         _check_base(record, plain, folder)
         recorded = record["base"].get("name")
         return replace(plain, mtp_config=mtp_config, heads=heads, base_name=recorded or plain.base_name)
+
+    def prepare(self, model: LazyModel) -> LazyModel:
+        """See `ModelFormat.prepare`: everything."""
+        return model
 
     def write(self, model: LazyModel, folder: Path) -> tuple[str, ...]:
         """See `ModelFormat.write`; the fingerprint of the base is taken while its tensors pass by."""
@@ -77,8 +89,13 @@ class HeadwayFolder:
         if not one_pass:
             for name in sorted(order):
                 fingerprint.add(name, model.base[name].read())
-        write_base(model, folder, always_index=True, written=fingerprint.add if one_pass else None)
         (folder / HEADS_FOLDER).mkdir()
+        place = folder / BASE_FOLDER if model.mtp_config.changes_base else folder
+        place.mkdir(exist_ok=True)
+        if place != folder and model.generation is None:
+            # transformers loads a base without a config.json beside it only with these.
+            model = replace(model, generation=GenerationConfig.from_model_config(model.config).to_dict())
+        write_base(model, place, always_index=True, written=fingerprint.add if one_pass else None)
         write_safetensors(folder / HEADS_FILE, model.heads)
         write_record(
             folder,
@@ -88,7 +105,9 @@ class HeadwayFolder:
             fingerprint=fingerprint.fingerprint(),
             num_tensors=len(model.heads),
         )
-        write_config(model, folder)
+        write_config(model, place)
+        if place != folder:
+            hide_config(folder)
         return ()
 
     def logits(

@@ -68,6 +68,7 @@ class LazyModel:
         base: the base's state dict; a tied unembedding is left out.
         heads: the state dict of `MultiTokenLM.heads`, such as `0.self_attn.q_proj.weight` (offset 2).
         base_name: by which people know the base; never a path of this machine.
+        generation: contents of the source's generation_config.json; None where it has none.
         left_out: tensors of the source that the model does not need, with the reason.
         notes: what a reader of the report should know, one sentence each.
     """
@@ -77,6 +78,7 @@ class LazyModel:
     base: Mapping[str, LazyTensor]
     heads: Mapping[str, LazyTensor]
     base_name: str | None = None
+    generation: Mapping[str, Any] | None = None
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -84,6 +86,16 @@ class LazyModel:
     def num_future_tokens(self) -> int:
         """N, the next token included."""
         return self.mtp_config.num_future_tokens
+
+    @property
+    def tensors(self) -> list[LazyTensor]:
+        """Those of the base, then those of the heads."""
+        return [*self.base.values(), *self.heads.values()]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(tensor.num_bytes for tensor in self.tensors)
 
     def map(self, change: Callable[[LazyTensor], LazyTensor]) -> LazyModel:
         """The same model with every tensor passed through `change`."""
@@ -129,14 +141,22 @@ class ModelFormat(Protocol):
             IncompatibleModelError: a model that headway has no place for.
         """
 
-    def write(self, model: LazyModel, folder: Path) -> tuple[str, ...]:
-        """Fill an empty folder, one tensor in memory at a time; the file that makes it a model comes last.
-
-        Returns:
-            Notes for the report.
+    def prepare(self, model: LazyModel) -> LazyModel:
+        """What of a model this format writes: without heads where it holds none; nothing is read.
 
         Raises:
             IncompatibleModelError: something that the format cannot hold exactly; names the nearest alternative.
+        """
+
+    def write(self, model: LazyModel, folder: Path) -> tuple[str, ...]:
+        """Fill an empty folder, one tensor in memory at a time; the file that makes it a model comes last.
+
+        Args:
+            model: what `prepare` gave.
+            folder: an empty folder.
+
+        Returns:
+            Notes for the report.
         """
 
     def logits(

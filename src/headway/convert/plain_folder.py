@@ -6,6 +6,7 @@ import copy
 import json
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,16 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from headway.convert.architecture import Architecture, architecture, match_base
+from headway.convert.architecture import PLAIN, Architecture, architecture, match_base
 from headway.convert.lazy_model import LazyModel, LazyTensor, WeightChange
 from headway.convert.safetensors_files import INDEX_FILE, SINGLE_FILE, open_checkpoint, write_checkpoint, writing_order
-from headway.errors import CheckpointError, IncompatibleModelError
+from headway.convert.stack import plain_stack
+from headway.errors import CheckpointError
 from headway.model.checkpoint import has_heads
-from headway.model.config import MultiTokenConfig
 
-PLAIN = MultiTokenConfig(num_future_tokens=1)
 CONFIG_FILE = "config.json"
-PLAIN_FILES = (CONFIG_FILE, SINGLE_FILE, "model-*-of-*.safetensors", INDEX_FILE)
+GENERATION_FILE = "generation_config.json"
+PLAIN_FILES = (CONFIG_FILE, GENERATION_FILE, SINGLE_FILE, "model-*-of-*.safetensors", INDEX_FILE)
 
 
 class PlainFolder:
@@ -43,17 +44,15 @@ class PlainFolder:
             )
         return read_plain(folder)
 
+    def prepare(self, model: LazyModel) -> LazyModel:
+        """See `ModelFormat.prepare`: the base, or the whole stack of layers where the next token needs the heads."""
+        return plain_stack(model) if model.mtp_config.changes_base else without_heads(model)
+
     def write(self, model: LazyModel, folder: Path) -> tuple[str, ...]:
-        """See `ModelFormat.write`; heads are left behind, unless the next token needs them."""
-        wiring: str = model.mtp_config.wiring
-        if wiring == "anticausal":
-            raise IncompatibleModelError(
-                f"the next token of a model with wiring={wiring!r} runs through all its heads: its base alone is another "
-                f"model; write it as --to headway"
-            )
+        """See `ModelFormat.write`."""
         write_base(model, folder, always_index=False)
         write_config(model, folder)
-        return (f"the {model.num_future_tokens - 1} heads were left behind",) if model.heads else ()
+        return ()
 
     def logits(
         self, folder: Path, tokens_BT: Tensor, *, base: Path | None = None, change: WeightChange | None = None
@@ -66,23 +65,60 @@ class PlainFolder:
         return logits_BTV[:, :, None]
 
 
-def read_plain(folder: Path) -> LazyModel:
-    """The plain checkpoint in a folder, or at the top of a headway folder, as a model with n = 1.
+def without_heads(model: LazyModel) -> LazyModel:
+    """The base alone."""
+    notes = (f"heads left behind: {model.num_future_tokens - 1}",) if model.heads else ()
+    return replace(model, mtp_config=PLAIN, heads={}, notes=model.notes + notes)
+
+
+def read_plain(folder: Path, *, config: Any = None) -> LazyModel:
+    """The plain checkpoint in a folder as a model with n = 1.
+
+    Args:
+        folder: a plain folder, the top of a headway folder, or weights alone.
+        config: of the base, where the folder holds weights alone.
 
     Raises:
         CheckpointError, IncompatibleModelError: see `ModelFormat.read`.
     """
-    config = read_config(folder)
+    config = read_config(folder) if config is None else config
     needed = architecture(config, PLAIN)
     base, left_out = match_base(open_checkpoint(folder), needed, str(folder))
     return LazyModel(
-        config=config, mtp_config=PLAIN, base=base, heads={}, base_name=_base_name(folder), left_out=left_out
+        config=config,
+        mtp_config=PLAIN,
+        base=base,
+        heads={},
+        base_name=base_name(folder),
+        generation=read_generation(folder),
+        left_out=left_out,
     )
 
 
-def _base_name(folder: Path) -> str:
+def read_generation(folder: Path) -> dict[str, Any] | None:
+    """The generation settings of a folder, if it has any.
+
+    Raises:
+        CheckpointError: a damaged file.
+    """
+    path = folder / GENERATION_FILE
+    if not path.is_file():
+        return None
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged ({type(error).__name__}); restore or delete it", path=path) from error
+
+
+def write_generation(settings: Mapping[str, Any], folder: Path) -> None:
+    """The inverse of `read_generation`."""
+    (folder / GENERATION_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def base_name(folder: Path) -> str:
     """The hub name that older configurations carry, else the folder's last name."""
-    original = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("_name_or_path")
+    path = folder / CONFIG_FILE
+    original = json.loads(path.read_text(encoding="utf-8")).get("_name_or_path") if path.is_file() else None
     is_hub_name = isinstance(original, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", original) is not None
     return str(original) if is_hub_name else folder.resolve().name
 
@@ -136,7 +172,9 @@ def _own_names(model: LazyModel) -> dict[str, str]:
 
 
 def write_config(model: LazyModel, folder: Path) -> None:
-    """Write config.json: the base's own, with the dtype of the weights."""
+    """Write config.json, the base's own with the dtype of the weights, and its generation settings."""
+    if model.generation is not None:
+        write_generation(model.generation, folder)
     config = copy.deepcopy(model.config)
     needed: Architecture = architecture(config, PLAIN)
     config.architectures = [needed.class_name]

@@ -8,16 +8,15 @@ every offset are computed from both folders, each by its own format's reading of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from headway.convert.architecture import architecture
+from headway.convert.architecture import PLAIN, architecture, unlike_the_paper
 from headway.convert.future_tokens import last_layer
 from headway.convert.lazy_model import LazyModel, LazyTensor, ModelFormat
-from headway.convert.plain_folder import PLAIN
 from headway.convert.report import Verification
 from headway.errors import CheckpointError
 
@@ -53,7 +52,7 @@ def verify(
     Raises:
         CheckpointError: tensors or logits that differ; names them.
     """
-    compared = _compare_tensors(model, target_format.read(written), holds_heads=target_format.holds_heads)
+    compared = _compare_tensors(model, target_format.read(written))
     generator = torch.Generator().manual_seed(_SEED)
     positions = min(POSITIONS, int(model.config.max_position_embeddings))
     tokens_BT = torch.randint(0, int(model.config.vocab_size), (BATCH, positions), generator=generator)
@@ -66,8 +65,8 @@ def verify(
         return rounded(weight) * (1 + _ROUNDING * signs)
 
     source_BTNV = source_format.logits(source, tokens_BT, base=base, change=rounded)
-    scale = float(source_BTNV.abs().max())
-    noise = float((source_format.logits(source, tokens_BT, base=base, change=disturbed) - source_BTNV).abs().max())
+    scale = float(source_BTNV.nan_to_num().abs().max())
+    noise = _gap(source_format.logits(source, tokens_BT, base=base, change=disturbed), source_BTNV)
     limit = TIMES_NOISE * max(noise, _ROUNDING * scale)
     written_BTNV = target_format.logits(written, tokens_BT)
     differences = _differences(model, source_BTNV, written_BTNV)
@@ -77,7 +76,6 @@ def verify(
                 f"the converted model differs from its source: logits of offset {offset} by {difference:.3g} (limit "
                 f"{limit:.3g}); nothing was kept: this is a mistake of the conversion, please report it"
             )
-    kept = model.heads if target_format.holds_heads else {}
     return Verification(
         max_abs_difference=differences,
         max_abs_logit=scale,
@@ -85,17 +83,16 @@ def verify(
         num_tokens=tokens_BT.numel(),
         tensors_compared=compared,
         missing=(),
-        random=tuple(sorted(name for name, tensor in kept.items() if tensor.origin == "fresh")),
-        unchanged=_equal_to_last_layer(model, kept),
+        random=tuple(sorted(name for name, tensor in model.heads.items() if tensor.origin == "fresh")),
+        unchanged=_untrained(model),
     )
 
 
-def _compare_tensors(model: LazyModel, again: LazyModel, *, holds_heads: bool) -> int:
+def _compare_tensors(model: LazyModel, again: LazyModel) -> int:
     pairs: list[tuple[str, LazyTensor, LazyTensor | None]] = [
         (name, tensor, again.base.get(name)) for name, tensor in model.base.items()
     ]
-    if holds_heads:
-        pairs += [(f"heads.{name}", tensor, again.heads.get(name)) for name, tensor in model.heads.items()]
+    pairs += [(f"heads.{name}", tensor, again.heads.get(name)) for name, tensor in model.heads.items()]
     missing = [name for name, _, found in pairs if found is None]
     changed = [name for name, wanted, found in pairs if found is not None and not _same_values(wanted, found)]
     if missing or changed:
@@ -114,30 +111,42 @@ def _same_values(one: LazyTensor, other: LazyTensor) -> bool:
     return torch.equal(a.view(torch.uint8), b.view(torch.uint8)) if a.numel() else True
 
 
+def _gap(one: Tensor, other: Tensor) -> float:
+    """Largest difference; infinite where only one of them is NaN (heads that need tokens which do not exist)."""
+    if not torch.equal(one.isnan(), other.isnan()):
+        return float("inf")
+    return float((one.nan_to_num() - other.nan_to_num()).abs().max())
+
+
 def _differences(model: LazyModel, source_BTNV: Tensor, written_BTNV: Tensor) -> tuple[float | None, ...]:
+    copies_speak_like_offset_1 = not unlike_the_paper(model.mtp_config)
     differences: list[float | None] = []
     for index in range(written_BTNV.shape[2]):
         if index < source_BTNV.shape[2]:
             expected_BTV = source_BTNV[:, :, index]
-        elif _origin(model, index - 1) == "copy":
-            # A copy of the last layer reads what the last layer reads: it must say what offset 1 says.
+        elif copies_speak_like_offset_1 and model.heads[_first_tensor(model, index - 1)].origin == "copy":
+            # A copy of the last layer reads what the last layer reads.
             expected_BTV = source_BTNV[:, :, 0]
         else:
             differences.append(None)
             continue
-        differences.append(float((expected_BTV - written_BTNV[:, :, index]).abs().max()))
+        differences.append(_gap(expected_BTV, written_BTNV[:, :, index]))
     return tuple(differences)
 
 
-def _origin(model: LazyModel, head: int) -> str:
-    return next(tensor.origin for name, tensor in model.heads.items() if name.startswith(f"{head}."))
+def _first_tensor(model: LazyModel, head: int) -> str:
+    return next(name for name in model.heads if name.startswith(f"{head}."))
 
 
-def _equal_to_last_layer(model: LazyModel, heads: Mapping[str, LazyTensor]) -> tuple[str, ...]:
-    layer = last_layer(model.base, architecture(model.config, PLAIN))
+def _untrained(model: LazyModel) -> tuple[str, ...]:
+    """Tensors of heads that equal what a head may have started as: the base's last layer, its output matrix."""
+    needed = architecture(model.config, PLAIN)
+    layer = last_layer(model.base, needed)
+    output = model.base.get("lm_head.weight") or model.base.get(needed.tied.get("lm_head.weight", ""))
     equal = []
-    for name, tensor in sorted(heads.items()):
-        twin = layer.get(name.partition(".")[2])
+    for name, tensor in sorted(model.heads.items()):
+        inside = re.sub(r"^\d+\.(?:\d+\.|layer\.)?", "", name)
+        twin = output if name.startswith("unembeddings.") else layer.get(inside)
         if twin is not None and _same_values(tensor, twin):
             equal.append(name)
     return tuple(equal)

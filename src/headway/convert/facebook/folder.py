@@ -21,6 +21,7 @@ from headway.convert.facebook.params import PARAMS_FILE, FacebookParams, from_co
 from headway.convert.facebook.shards import PATTERN, open_shards
 from headway.convert.facebook.tensors import from_meta, meta_name_of_base, meta_name_of_head, to_meta
 from headway.convert.lazy_model import LazyModel, LazyTensor, WeightChange
+from headway.convert.plain_folder import GENERATION_FILE, read_generation, write_generation
 from headway.convert.torch_files import write_torch_file
 from headway.errors import CheckpointError, HeadwayError, IncompatibleModelError
 from headway.model.config import MultiTokenConfig
@@ -48,7 +49,7 @@ class FacebookFolder:
 
     name = "facebook"
     marker = PARAMS_FILE
-    files = (PARAMS_FILE, PATTERN, SIDECAR_FILE)
+    files = (PARAMS_FILE, PATTERN, SIDECAR_FILE, GENERATION_FILE)
     holds_heads = True
     is_hugging_face = False
 
@@ -75,18 +76,24 @@ class FacebookFolder:
             base={name: from_meta(meta, found[meta], params) for name, meta in base_names.items()},
             heads={name: from_meta(meta, found[meta], params) for name, meta in head_names.items()},
             base_name=said.base_name or folder.resolve().name,
+            generation=read_generation(folder),
             left_out=left_out,
             notes=notes,
         )
 
-    def write(self, model: LazyModel, folder: Path) -> tuple[str, ...]:
-        """See `ModelFormat.write`."""
+    def prepare(self, model: LazyModel) -> LazyModel:
+        """See `ModelFormat.prepare`: everything, or nothing."""
         other = unlike_the_paper(model.mtp_config)
         if other:
             raise IncompatibleModelError(
                 f"facebook layout holds one decoder layer per offset, all on the trunk: got {', '.join(other)}; write it as "
                 f"--to headway"
             )
+        from_config(model.config, num_future_tokens=model.num_future_tokens)
+        return model
+
+    def write(self, model: LazyModel, folder: Path) -> tuple[str, ...]:
+        """See `ModelFormat.write`."""
         params = from_config(model.config, num_future_tokens=model.num_future_tokens)
         notes = [
             f"{WEIGHTS_FILE} is a torch.save file, as this layout has it; share safetensors (--to headway) where you can"
@@ -102,6 +109,8 @@ class FacebookFolder:
             folder / WEIGHTS_FILE, {name: to_meta(name, tensor, params) for name, tensor in tensors.items()}
         )
         _write_sidecar(model, folder)
+        if model.generation is not None:
+            write_generation(model.generation, folder)
         (folder / PARAMS_FILE).write_text(params.to_json(), encoding="utf-8")
         return tuple(notes)
 
