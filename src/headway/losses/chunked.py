@@ -299,7 +299,7 @@ def _chunk(
     labels_C1 = targets_C.clamp(min=0)[:, None]
     buffer_CV = hidden[0] @ weights[0].T
     for states_CR, weight_VR in zip(hidden[1:], weights[1:], strict=True):
-        buffer_CV += states_CR @ weight_VR.T
+        buffer_CV.addmm_(states_CR, weight_VR.T)
     if buffer_CV.dtype not in (torch.float32, torch.float64):
         buffer_CV = buffer_CV.float()
     wants_gradients = any(grad is not None for grad in (*grad_hidden, *grad_weights))
