@@ -61,7 +61,7 @@ from headway.decoding.refusals import (
 )
 from headway.decoding.scored import PrefixGate, ScoredChooser
 from headway.errors import DecodingError
-from headway.model.multi_token_lm import register_engine
+from headway.model.decoding_engine import register_engine
 
 logger = logging.getLogger(__name__)
 

@@ -13,59 +13,27 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from os import PathLike
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from headway.errors import ConfigError, DecodingError
+from headway.errors import ConfigError
 from headway.functional.targets import IGNORE_INDEX, shift_targets
 from headway.heads.base import BaseParts, HeadInputs
 from headway.heads.build import build_heads
 from headway.losses.chunked import LowRankBias, MultiTokenLoss, chunked_loss
 from headway.model.checkpoint import load_model, save_heads, save_model
 from headway.model.config import MultiTokenConfig
+from headway.model.decoding_engine import registered_engine
 from headway.model.documents import AttentionMask, isolating_mask, positions_from_documents
 from headway.model.families import check_config, check_parity, check_shared_parts, resolve_family
 from headway.model.output import MultiTokenOutput, OffsetHiddenStates
 from headway.model.resuming import restore_heads_too
 from headway.model.tap import BaseTap
-
-
-class DecodingEngine(Protocol):
-    """What the decoding room registers (`register_engine`), so that this room need not know it."""
-
-    def generate(self, model: Any, inputs: Tensor | None = None, **kwargs: Any) -> Any:
-        """Serve `MultiTokenLM.generate`."""
-
-    def sample(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        synced_gpus: bool = False,
-        streamer: Any = None,
-        **model_kwargs: Any,
-    ) -> Any:
-        """Serve the sampling step of the Hugging Face `generate`."""
-
-
-_engine: list[DecodingEngine] = []
-
-
-def register_engine(engine: DecodingEngine) -> None:
-    """Make `engine` the one that `MultiTokenLM.generate` uses; the last registration counts."""
-    _engine[:] = [engine]
-
-
-def _registered_engine() -> DecodingEngine:
-    if not _engine:
-        raise DecodingError("no decoding engine is loaded; import headway.decoding.engine, or use headway.MultiTokenLM")
-    return _engine[0]
+from headway.model.trunk import trunk_config
 
 
 class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
@@ -574,12 +542,12 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         Raises:
             DecodingError: a request that the engine refuses; names the way out.
         """
-        return _registered_engine().generate(self, inputs, **kwargs)
+        return registered_engine().generate(self, inputs, **kwargs)
 
     def _sample(
         self, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **kwargs: Any
     ) -> Any:
-        return _registered_engine().sample(
+        return registered_engine().sample(
             self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs
         )
 
@@ -629,28 +597,3 @@ def _check_attachable(mtp_config: MultiTokenConfig, *, num_layers: int) -> None:
             f"tap_back={mtp_config.tap_back} reads before the first of the base's {num_layers} layers; pass at most "
             f"{num_layers - 1}"
         )
-
-
-def trunk_config(base_config: Any, mtp_config: MultiTokenConfig) -> Any:
-    """The configuration of the base inside an L-layer multi-token model: L less the decoder layers of the heads.
-
-    Raises:
-        ConfigError: n is larger than the layers allow.
-        IncompatibleModelError: an unsupported family.
-    """
-    check_config(base_config)
-    total, future = int(base_config.num_hidden_layers), mtp_config.num_future_tokens
-    taken = mtp_config.num_decoder_layers
-    kept = total - taken
-    if kept < 1:
-        fits = 1 + (total - 1) * (future - 1) // taken
-        raise ConfigError(
-            f"num_future_tokens={future} needs at least {taken + 1} layers in all ({taken} of the heads and the base's "
-            f"last): got num_hidden_layers={total}; lower num_future_tokens to {fits} or add layers"
-        )
-    config = copy.deepcopy(base_config)
-    for name, value in vars(config).items():
-        if "layer" in name and isinstance(value, list) and len(value) == total:
-            setattr(config, name, value[:kept])
-    config.num_hidden_layers = kept
-    return config
