@@ -1,4 +1,4 @@
-"""Markov bias: what the previously drafted token says about the next, added to a parallel head's logits.
+"""Markov bias: what the previously drafted token adds to a parallel head's logits.
 
 Legend: B batch, T positions, R rank, V vocabulary.
 

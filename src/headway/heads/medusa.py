@@ -1,4 +1,4 @@
-"""Medusa heads: residual SiLU blocks on the final hidden state, with an unembedding of their own or the base's.
+"""Medusa heads: residual SiLU blocks on the final hidden state, own or shared unembedding.
 
 Legend: D width, V vocabulary.
 

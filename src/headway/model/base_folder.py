@@ -1,4 +1,4 @@
-"""The base's part of a model folder: plain at the top, or, where heads changed the base, kept from plain loaders.
+"""The base's part of a model folder: plain at the top, or kept from plain loaders.
 
 A base whose next-token path runs through its heads (anticausal wiring) is no model by itself: loaded plainly it would
 run and predict wrongly. Its folder therefore has at the top a config.json of a model type that no plain loader knows, with

@@ -1,4 +1,4 @@
-"""The paper's own schedules: forward and backward head by head (Gloeckle et al. 2024, Figures 2 and S11).
+"""The paper's own schedules: forward and backward head by head (Figures 2 and S11).
 
 For comparison on one process. Peak memory holds one head's logits and activations at a time; under DDP and FSDP2 the
 nested backward passes desynchronise gradients, so training uses `headway.losses.chunked` instead.

@@ -1,4 +1,4 @@
-"""The plain model inside a model whose heads changed its base: trunk, heads and last layer in one stack.
+"""The plain model inside a model whose heads changed its base, in one stack.
 
 Legend: L layers of the base.
 
