@@ -161,7 +161,8 @@ def test_equality_is_by_content():
 MEMORY_PROGRAM = """
 import resource, sys
 from pathlib import Path
-from headway.data.corpus import CorpusSpec, prepare_corpus
+from headway.data.corpus import prepare_corpus
+from headway.data.corpus_spec import CorpusSpec
 from headway.data.source_spec import SourceSpec
 from headway.data.tokenizers import byte_tokenizer
 

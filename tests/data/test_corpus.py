@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from headway.data import corpus as corpus_module
-from headway.data.corpus import CorpusSpec, prepare_corpus
+from headway.data.corpus import prepare_corpus
+from headway.data.corpus_spec import CorpusSpec
 from headway.data.mixture import Mixture
 from headway.data.source_spec import parse_source
 from headway.data.sources import iter_files

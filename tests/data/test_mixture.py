@@ -5,9 +5,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from headway.data.loader import PackedLoader
-from headway.data.mixture import Mixture, MixturePart, block_counts, pack_rows
+from headway.data.mixture import Mixture, MixturePart, pack_rows
 from headway.data.packing import PackedSample, PackedTokens
 from headway.data.permutation import shuffled_index
+from headway.data.shares import block_counts
 from headway.errors import ConfigError
 
 

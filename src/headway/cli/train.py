@@ -15,6 +15,7 @@ from headway.training.config_file import recipe_names, resolve_config, to_yaml
 
 if TYPE_CHECKING:
     from headway.training.corpus import TrainingData
+    from headway.training.estimate import TrainingPlan
     from headway.training.run import Evaluator
 
 _EXIT_AFTER_SIGNAL = 128
@@ -114,9 +115,15 @@ def _show_plan(config: TrainConfig) -> None:
     show_facts(
         "Run",
         [
-            ("steps", f"{plan.steps}, {plan.warmup_steps} of them warm-up"),
+            ("steps", _steps(config, plan)),
             ("tokens per step", f"{plan.tokens_per_step}"),
-            ("tokens", counted(plan.tokens)),
+            *([] if plan.tokens is None else [("tokens", counted(plan.tokens))]),
         ],
     )
     emit_json({"config": config.to_dict(), "plan": plan.to_json(), "provenance": provenance()})
+
+
+def _steps(config: TrainConfig, plan: TrainingPlan) -> str:
+    if config.epochs is not None:
+        return f"{config.epochs:g} epochs; the text is not read for a plan"
+    return f"{plan.steps}, {plan.warmup_steps} of them warm-up"

@@ -1,4 +1,4 @@
-"""A token cache on disk, opened: the stream of ids, where its documents start, and what they were made of.
+"""A token cache on disk, opened: the ids, where documents start, and what they were made of.
 
 <directory>/tokens.bin       little-endian uint16, uint32 where the vocabulary needs it; an EOS ends each document
 <directory>/documents.npy    int64 [documents + 1]: where each document starts, and the number of tokens

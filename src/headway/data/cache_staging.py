@@ -1,4 +1,4 @@
-"""Where a token cache is built: a hidden folder beside its place, guarded by a lock, and found again after a kill.
+"""Where a token cache is built: a hidden, locked folder beside its place, found again after a kill.
 
 .<name>.partial        of the first builder; what a killed one left there is taken up again
 .<name>.XXXX.partial   of another builder at the same time; of no use to anyone after its end

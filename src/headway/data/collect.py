@@ -1,4 +1,4 @@
-"""From sources to one collection of documents: every format, compressed or not, read once from end to end."""
+"""From sources to one collection of documents: every format, read once from end to end."""
 
 from __future__ import annotations
 

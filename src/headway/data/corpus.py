@@ -21,65 +21,25 @@ from typing import Any
 from headway.data.cache_format import INDEX_PREFIX, TokenCache
 from headway.data.collect import OpenedSource, collect, open_sources, source_labels
 from headway.data.collection import Collection
+from headway.data.corpus_spec import CorpusSpec
 from headway.data.document import Document
 from headway.data.files import SeenFiles
 from headway.data.fingerprint import data_fingerprint, tokenizer_fingerprint
 from headway.data.formats.token_file import TokenRules
-from headway.data.mixture import Mixture, MixturePart, block_counts, pack_rows
+from headway.data.mixture import Mixture, MixturePart, pack_rows
 from headway.data.near_duplicates import drop_near_duplicates
 from headway.data.packing import Rows
+from headway.data.shares import block_counts
 from headway.data.source_spec import SourceSpec
 from headway.data.split import split_by_group, total_bytes
 from headway.data.token_cache import build_token_cache
 from headway.data.tokenizers import vocabulary_size
-from headway.errors import ConfigError, DataError
+from headway.errors import DataError
 
 _INDEX_VERSION = 1
 _WORTH_A_NOTICE = 1 << 26
 
 Notice = Callable[[str], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class CorpusSpec:
-    """Which text is trained on, and which is held out.
-
-    Attributes:
-        sources: trained on, in this order; with weights they are mixed, without they are one.
-        held_out: held out as a whole; where there is any, `held_out_fraction` is not used.
-        held_out_fraction: of the bytes of the sources, in whole groups; 0 holds out nothing.
-        split_seed: of the choice of groups.
-        drop_near_duplicates: of held-out text, from the sources.
-        suffixes: of files in folders and globs; None takes all.
-
-    Raises:
-        ConfigError: weights for some of the sources only, or for held-out text.
-    """
-
-    sources: tuple[SourceSpec, ...]
-    held_out: tuple[SourceSpec, ...] = ()
-    held_out_fraction: float = 0.0
-    split_seed: int = 0
-    drop_near_duplicates: bool = True
-    suffixes: tuple[str, ...] | None = None
-
-    def __post_init__(self) -> None:
-        without = [spec.path for spec in self.sources if spec.weight is None]
-        if without and len(without) < len(self.sources):
-            raise ConfigError(
-                f"every source of a mixture needs a weight: {', '.join(map(repr, without))} has none; add weight to it, "
-                f"or drop the weights of the others"
-            )
-        for spec in self.held_out:
-            if spec.weight is not None:
-                raise ConfigError(f"held-out text is not mixed: drop the weight of {spec.path!r}")
-        if self.is_mixture:
-            block_counts([spec.weight or 0.0 for spec in self.sources])
-
-    @property
-    def is_mixture(self) -> bool:
-        """Whether sources have shares of their own."""
-        return len(self.sources) > 1 and self.sources[0].weight is not None
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""The process that encodes pieces for `headway.data.encoding_pool`: started by it, ended by the end of its input.
+"""The process that encodes pieces for the pool: it ends with its input.
 
 Frames go both ways over the standard streams: a count, so many lengths, then so many contents. The first frame in is the
 tokenizer: its definition, or its pickle where it has no `tokenizers` backend. Every other frame in is pieces of text and

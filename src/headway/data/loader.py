@@ -112,6 +112,9 @@ class PackedLoader:
         positions = range(first, first + self.samples_per_batch, self.num_replicas)
         return _stack([self._sample(position) for position in positions])
 
+    def close(self) -> None:
+        """Nothing to let go of; loaders with threads have."""
+
     def _sample(self, global_sample_index: int) -> PackedSample:
         epoch, index = divmod(global_sample_index, len(self.packed))
         return self.packed.sample(index, epoch)

@@ -1,4 +1,4 @@
-"""Pieces of text to ids by the `tokenizers` library alone: what a worker process needs, and nothing that loads slowly."""
+"""Pieces of text to ids by the `tokenizers` library alone, which is all a worker loads."""
 
 from __future__ import annotations
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+from headway.data.corpus_spec import CorpusSpec
+from headway.data.source_spec import parse_source, source_lines
 from headway.errors import ConfigError
 from headway.heads.options import check_options, decoder_layers, options_from
 from headway.training.fields import check_limits, field_specs, option, parse_value
@@ -22,15 +24,18 @@ MODEL, DATA, OPTIMIZATION, COMPUTE, OUTPUT = (
     "Output and evaluation",
 )
 
+SOURCES = ("data", "held_out")
+"""Fields whose items are sources of text: lines, or mappings in YAML."""
+
 DEFAULT_WARMUP_FRACTION = 0.08  # Table S13: 2000 of 25,000 steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A training run from scratch: model, data, optimization, compute and output.
+    """A training run: model, data, optimization, compute and output.
 
-    The model is given by exactly one of `size`, `base_config`, or `hidden_size` with `num_layers` and
-    `num_heads`.
+    The model is given by exactly one of `size`, `base_config`, `init_from`, or `hidden_size` with `num_layers`
+    and `num_heads`.
 
     Raises:
         ConfigError: a value of another type, out of its range, or in conflict with another field (both are
@@ -44,6 +49,10 @@ class TrainConfig:
     base_config: str | None = option(
         None, "Folder with the config.json of a Hugging Face causal LM; only its shape is used, its "
         "num_hidden_layers counts all layers.", group=MODEL, on_resume="free")
+    init_from: str | None = option(
+        None, "Folder of a headway or Hugging Face model whose weights the run starts from; heads beyond "
+        "num_future_tokens are dropped, missing ones start as copies of the last layer.",
+        group=MODEL, on_resume="free")
     family: Literal["llama", "mistral", "qwen2", "qwen3", "olmo2"] = option(
         "llama", "Architecture of a model given by size or by hidden_size.", group=MODEL, on_resume="free")
     hidden_size: int | None = option(None, "Model width.", group=MODEL, at_least=1, on_resume="free")
@@ -104,14 +113,18 @@ class TrainConfig:
         unit="tokens", group=MODEL, at_least=1, on_resume="free")
 
     data: tuple[str, ...] = option(
-        ("stdlib",), "Files or folders to train on; 'stdlib' is the running Python's standard library. "
-        "Repeatable.", group=DATA, on_resume="free")
+        ("stdlib",), "Text to train on: a file, folder, glob, hf:DATASET, or 'stdlib' (the running Python's standard "
+        "library), with options after '::' such as ::field=text,weight=2; docs/guides/data.md. Repeatable.",
+        group=DATA, on_resume="free")
+    held_out: tuple[str, ...] | None = option(
+        None, "Text to evaluate on, given like data; none: held_out_fraction of data. Repeatable.",
+        group=DATA, on_resume="free")
     suffixes: tuple[str, ...] | None = option(
         None, "Endings of the files taken from folders, such as .py; none: all files. Repeatable.",
         group=DATA, on_resume="free")
     tokenizer: str = option(
-        "bytes", "'bytes', or a folder or hub name of a Hugging Face tokenizer.",
-        group=DATA, on_resume="free")
+        "auto", "'bytes', 'integers:N' (ids of any modality), or a folder or hub name of a Hugging Face tokenizer; "
+        "auto: that of init_from where given, else bytes.", group=DATA, on_resume="free")
     held_out_fraction: float = option(
         0.05, "Share of the text held out for evaluation, in whole groups (packages); 0 holds out nothing.",
         unit="fraction of bytes", group=DATA, at_least=0, below=1, on_resume="free")
@@ -127,12 +140,19 @@ class TrainConfig:
     sequence_length: int = option(
         256, "Length of a packed training row.", unit="tokens", group=DATA, at_least=2, on_resume="refuse")
     batch_size: int = option(16, "Rows per micro-batch.", unit="rows", group=DATA, at_least=1)
+    loader_workers: int = option(
+        0, "Threads that make batches ahead of the step; the batches do not depend on them.",
+        unit="threads", group=DATA, at_least=0, on_resume="free")
     gradient_accumulation_steps: int = option(
         1, "Micro-batches per optimizer step; the loss is the mean over all of them.",
         unit="micro-batches", group=DATA, at_least=1)
 
     steps: int = option(
-        1000, "Optimizer steps of the whole run.", unit="steps", group=OPTIMIZATION, at_least=1)
+        1000, "Optimizer steps of the whole run; not used where epochs is given.",
+        unit="steps", group=OPTIMIZATION, at_least=1)
+    epochs: float | None = option(
+        None, "Passes over the training text, instead of steps; 0.5 is half of it.",
+        unit="epochs", group=OPTIMIZATION, above=0)
     optimizer: Literal["adamw", "muon"] = option(
         "adamw", "Optimizer; muon trains hidden matrices with Muon and everything else with AdamW.",
         group=OPTIMIZATION, on_resume="refuse")
@@ -210,6 +230,8 @@ class TrainConfig:
     # fmt: on
 
     def __post_init__(self) -> None:
+        for name in SOURCES:
+            object.__setattr__(self, name, source_lines(getattr(self, name)))
         for name, spec in field_specs(type(self)).items():
             value = parse_value(getattr(self, name), spec.annotation, where=name)
             check_limits(spec, value)
@@ -234,6 +256,23 @@ class TrainConfig:
         fraction = DEFAULT_WARMUP_FRACTION if self.warmup_fraction is None else self.warmup_fraction
         return round(fraction * self.steps)
 
+    @property
+    def corpus_spec(self) -> CorpusSpec:
+        """The sources of text, and what of them is held out."""
+        return CorpusSpec(
+            sources=tuple(parse_source(line) for line in self.data),
+            held_out=tuple(parse_source(line) for line in self.held_out or ()),
+            held_out_fraction=self.held_out_fraction,
+            split_seed=self.split_seed,
+            drop_near_duplicates=self.drop_near_duplicates,
+            suffixes=self.suffixes,
+        )
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What `headway.data.tokenizers.load_tokenizer` is to load."""
+        return (self.init_from or "bytes") if self.tokenizer == "auto" else self.tokenizer
+
     def to_dict(self) -> dict[str, Any]:
         """JSON- and YAML-ready fields in the order of declaration; `from_mapping` reads them back."""
         values = {name: getattr(self, name) for name in field_specs(type(self))}
@@ -249,7 +288,8 @@ def _check_together(config: TrainConfig) -> None:
             f"warmup_steps={config.warmup_steps} and warmup_fraction={config.warmup_fraction:g} both give "
             "the warm-up; set one of them to none"
         )
-    if config.total_warmup_steps >= config.steps and config.total_warmup_steps > 0:
+    # with epochs, the steps are known (and checked) when the text has been read
+    if config.epochs is None and config.total_warmup_steps >= config.steps and config.total_warmup_steps > 0:
         raise ConfigError(
             f"warmup_steps must be fewer than steps: got warmup_steps={config.total_warmup_steps} and "
             f"steps={config.steps}; lower warmup_steps or raise steps"
@@ -274,12 +314,12 @@ def _check_together(config: TrainConfig) -> None:
 
 def _check_model(config: TrainConfig) -> None:
     shape = {name: getattr(config, name) for name in ("hidden_size", "num_layers", "num_heads")}
-    given = [name for name in ("size", "base_config") if getattr(config, name) is not None]
+    given = [name for name in ("size", "base_config", "init_from") if getattr(config, name) is not None]
     if any(value is not None for value in shape.values()):
         given.append("hidden_size, num_layers and num_heads")
     if not given:
         raise ConfigError(
-            "the model is not given: set size (such as 10M), base_config, or hidden_size, num_layers and "
+            "the model is not given: set size (such as 10M), base_config, init_from, or hidden_size, num_layers and "
             "num_heads; or start from a recipe"
         )
     if len(given) > 1:
@@ -289,18 +329,20 @@ def _check_model(config: TrainConfig) -> None:
         raise ConfigError(
             f"hidden_size, num_layers and num_heads go together: {' and '.join(missing)} is missing; set it"
         )
-    if config.base_config is not None:
-        defaults = {
+    decided = config.base_config or config.init_from
+    if decided is not None:
+        defaults: dict[str, Any] = {
             "family": "llama",
             "num_kv_heads": None,
             "intermediate_size": None,
             "tie_embeddings": False,
         }
+        if config.init_from is not None:
+            defaults |= {"max_positions": None, "initialization": "family"}
         for name, default in defaults.items():
             if getattr(config, name) != default:
                 raise ConfigError(
-                    f"base_config={config.base_config} already decides {name}; drop "
-                    f"{name}={getattr(config, name)} or edit the file"
+                    f"{given[0]}={decided} already decides {name}; drop {name}={getattr(config, name)} or edit the file"
                 )
     if config.hidden_size is not None and config.num_heads is not None:
         if config.hidden_size % config.num_heads or (config.hidden_size // config.num_heads) % 2:
@@ -333,6 +375,7 @@ def _check_model(config: TrainConfig) -> None:
 def _check_data(config: TrainConfig) -> None:
     if not config.data:
         raise ConfigError("data is empty: name at least one file or folder, or 'stdlib'")
+    _ = config.corpus_spec  # refuses what its sources cannot be
     if config.sequence_length <= config.num_future_tokens:
         raise ConfigError(
             "sequence_length must be more than num_future_tokens: got "
@@ -344,7 +387,7 @@ def _check_data(config: TrainConfig) -> None:
             f"max_positions must be at least sequence_length: got max_positions={config.max_positions} and "
             f"sequence_length={config.sequence_length}; raise max_positions"
         )
-    if config.eval_every_steps is not None and config.held_out_fraction == 0:
+    if config.eval_every_steps is not None and config.held_out_fraction == 0 and not config.held_out:
         raise ConfigError(
             f"eval_every_steps={config.eval_every_steps} needs held-out text, but held_out_fraction=0; "
             "set eval_every_steps to none or hold something out"

@@ -13,13 +13,15 @@ from typing import Any
 
 import yaml
 
+from headway.data.source_spec import source_lines
 from headway.errors import ConfigError
-from headway.training.config import TrainConfig
+from headway.training.config import SOURCES, TrainConfig
 from headway.training.fields import field_specs, nearest, parse_value
 
 _ALTERNATIVES = (
-    (("size",), ("base_config",), ("hidden_size", "num_layers", "num_heads")),
+    (("size",), ("base_config",), ("init_from",), ("hidden_size", "num_layers", "num_heads")),
     (("warmup_steps",), ("warmup_fraction",)),
+    (("steps",), ("epochs",)),
 )
 
 
@@ -150,5 +152,14 @@ def _checked_fields(values: Mapping[str, Any], *, source: str) -> dict[str, Any]
     for name, value in values.items():
         if name not in specs:
             raise ConfigError(f"{source}: unknown key {name!r}; {nearest(str(name), specs)}")
+        if name in SOURCES:
+            value = _as_lines(value, where=f"{source}: {name}")
         checked[name] = parse_value(value, specs[name].annotation, where=f"{source}: {name}")
     return checked
+
+
+def _as_lines(value: Any, *, where: str) -> Any:
+    try:
+        return source_lines(value)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error

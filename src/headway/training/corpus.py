@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from headway.data.cache_format import TokenCache
-from headway.data.corpus import Corpus, CorpusSpec, prepare_corpus
+from headway.data.corpus import Corpus, prepare_corpus
+from headway.data.mixture import Mixture
 from headway.data.packing import Rows
-from headway.data.source_spec import parse_source
+from headway.data.whole_documents import PackedDocuments
 from headway.errors import DataError
 from headway.training.config import TrainConfig
 
@@ -73,11 +75,33 @@ def prepare_data(
         DataError: sources that cannot be read or hold no text, or too little of it to hold something out.
         ConfigError: a source with an option that cannot work.
     """
-    spec = CorpusSpec(
-        sources=tuple(parse_source(line) for line in config.data),
-        held_out_fraction=config.held_out_fraction,
-        split_seed=config.split_seed,
-        drop_near_duplicates=config.drop_near_duplicates,
-        suffixes=config.suffixes,
+    return TrainingData(prepare_corpus(config.corpus_spec, tokenizer, directory, notice=notice), tokenizer)
+
+
+def with_steps(config: TrainConfig, rows: Rows) -> TrainConfig:
+    """The configuration with the steps that its epochs come to, where it has epochs.
+
+    The last step may reach a little into the next epoch: every epoch asked for is complete.
+
+    Raises:
+        ConfigError: a warm-up as long as the run.
+    """
+    if config.epochs is None:
+        return config
+    # rounded first: 0.1 of 50 rows are 5, not a hair more
+    wanted = math.ceil(round(config.epochs * len(rows), 6) / config.rows_per_step)
+    return replace(config, steps=max(wanted, 1), epochs=None)
+
+
+def describe_passes(config: TrainConfig, rows: Rows) -> str:
+    """One line for a person: how often the run goes through its text."""
+    samples = config.steps * config.rows_per_step
+    if isinstance(rows, Mixture):
+        return f"{config.steps} steps of {config.rows_per_step} rows: {rows.describe(samples)}"
+    shortened = ""
+    if isinstance(rows, PackedDocuments) and rows.num_shortened:
+        shortened = f"; {rows.num_shortened} examples are longer than sequence_length={config.sequence_length} and cut"
+    return (
+        f"{config.steps} steps of {config.rows_per_step} rows: {samples / len(rows):.3g} epochs of {len(rows)} rows"
+        f"{shortened}"
     )
-    return TrainingData(prepare_corpus(spec, tokenizer, directory, notice=notice), tokenizer)

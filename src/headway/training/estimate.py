@@ -61,7 +61,7 @@ class TrainingPlan:
         head_parameters: heads of offsets 2..n.
         vocabulary_size: tokens.
         memory: at the peak of a step.
-        steps: optimizer steps.
+        steps: optimizer steps; None where epochs are asked for, whose steps only the text can tell.
         warmup_steps: of them.
         tokens_per_step: input tokens.
         tokens: of the whole run.
@@ -72,10 +72,10 @@ class TrainingPlan:
     head_parameters: int
     vocabulary_size: int
     memory: MemoryEstimate
-    steps: int
-    warmup_steps: int
+    steps: int | None
+    warmup_steps: int | None
     tokens_per_step: int
-    tokens: int
+    tokens: int | None
 
     def to_json(self) -> dict[str, Any]:
         """All fields, with the memory's total, JSON-ready."""
@@ -91,7 +91,7 @@ def plan_training(config: TrainConfig) -> TrainingPlan:
         ConfigError: a model that cannot be built.
         DataError: no such tokenizer.
     """
-    shape = base_config(config, load_tokenizer(config.tokenizer))
+    shape = base_config(config, load_tokenizer(config.tokenizer_name))
     with torch.device("meta"):
         model = fresh_model(config, shape)
     footprint = model_footprint(model, dtype=torch.float32)
@@ -101,10 +101,10 @@ def plan_training(config: TrainConfig) -> TrainingPlan:
         head_parameters=footprint.head_parameters,
         vocabulary_size=shape.vocab_size,
         memory=_memory(model, config),
-        steps=config.steps,
-        warmup_steps=config.total_warmup_steps,
+        steps=config.steps if config.epochs is None else None,
+        warmup_steps=config.total_warmup_steps if config.epochs is None else config.warmup_steps,
         tokens_per_step=config.tokens_per_step,
-        tokens=config.steps * config.tokens_per_step,
+        tokens=config.steps * config.tokens_per_step if config.epochs is None else None,
     )
 
 

@@ -16,15 +16,14 @@ from headway.provenance import provenance
 from headway.training.checkpoint import RunState
 from headway.training.config import TrainConfig
 from headway.training.config_file import to_yaml
-from headway.training.corpus import TrainingData, prepare_data
+from headway.training.corpus import TrainingData, describe_passes, prepare_data, with_steps
 from headway.training.events import (
     Listener,
     Notice,
 )
 from headway.training.identity import check_same_run, run_identity
-from headway.training.initialization import scaled_initialization
 from headway.training.metrics import MetricsWriter, read_metrics
-from headway.training.model_building import base_config, fresh_model
+from headway.training.model_building import base_config
 from headway.training.optimizers import TrainingOptimizer
 from headway.training.rng import preserved_rng, seed_everything
 from headway.training.run import Evaluator, TrainingRun
@@ -39,6 +38,7 @@ from headway.training.run_directory import (
     claimed,
     write_text,
 )
+from headway.training.starting_model import starting_model
 from headway.training.threads import thread_count
 
 EvaluatorFactory = Callable[[TrainingData], Sequence[Evaluator]]
@@ -115,7 +115,7 @@ def train(
         for text in start.notices:
             announce(Notice(text))
         device = _device(config)
-        tokenizer = load_tokenizer(config.tokenizer)
+        tokenizer = load_tokenizer(config.tokenizer_name)
         shape = base_config(config, tokenizer)
         write_text(folder / CONFIG, to_yaml(config))
         data = prepare_data(
@@ -124,6 +124,10 @@ def train(
             Path(config.cache_directory) if config.cache_directory else folder / TOKENS,
             notice=lambda text: announce(Notice(text)),
         )
+        rows = data.rows(sequence_length=config.sequence_length, seed=config.seed)
+        config = with_steps(config, rows)
+        write_text(folder / CONFIG, to_yaml(config))
+        announce(Notice(describe_passes(config, rows)))
         identity = run_identity(
             base_config=shape,
             num_future_tokens=config.num_future_tokens,
@@ -142,9 +146,7 @@ def train(
             if changes:
                 announce(Notice(f"resuming with changed options: {'; '.join(changes)}"))
         seed_everything(config.seed)
-        model = fresh_model(config, shape)
-        if config.initialization == "scaled":
-            scaled_initialization(model)
+        model = starting_model(config, shape)
         model.to(device)
         if config.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
@@ -162,6 +164,7 @@ def train(
                 model=model,
                 optimizer=optimizer,
                 data=data,
+                rows=rows,
                 identity=identity,
                 state=state,
                 evaluators=evaluators(data) if callable(evaluators) else evaluators,

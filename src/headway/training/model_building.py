@@ -11,6 +11,7 @@ from transformers import AutoConfig
 from headway.data.tokenizers import vocabulary_size
 from headway.errors import ConfigError
 from headway.heads.options import options_from
+from headway.model.base_folder import read_base_config
 from headway.model.config import MultiTokenConfig
 from headway.model.multi_token_lm import MultiTokenLM
 from headway.model.sizes import PAPER_SIZES, feed_forward_width
@@ -27,7 +28,8 @@ def multi_token_config(config: TrainConfig) -> MultiTokenConfig:
         num_future_tokens=config.num_future_tokens,
         offset_weights=config.offset_weights,
         loss_chunk_tokens=config.loss_chunk_tokens,
-        head_init="fresh",
+        # a pretrained base has something for heads to start from
+        head_init="fresh" if config.init_from is None else "copy",
         heads=config.heads,
         **asdict(options_from(config)),
     )
@@ -40,14 +42,18 @@ def fresh_model(config: TrainConfig, shape: Any) -> MultiTokenLM:
         config: of the run.
         shape: from `base_config`.
     """
-    return MultiTokenLM.from_config(shape, multi_token_config(config), shorten_trunk=config.shorten_trunk)
+    # a pretrained base keeps its layers, heads come on top of them
+    shorten = config.shorten_trunk and config.init_from is None
+    return MultiTokenLM.from_config(shape, multi_token_config(config), shorten_trunk=shorten)
 
 
 def base_config(config: TrainConfig, tokenizer: Any) -> Any:
     """The Hugging Face configuration of the whole depth: `num_hidden_layers` counts the head layers.
 
+    With `init_from` it is that of the pretrained base, heads not counted.
+
     Args:
-        config: gives the shape by `size`, `base_config` or `hidden_size`.
+        config: gives the shape by `size`, `base_config`, `init_from` or `hidden_size`.
         tokenizer: gives the vocabulary and the special ids.
 
     Raises:
@@ -60,8 +66,13 @@ def base_config(config: TrainConfig, tokenizer: Any) -> Any:
         "pad_token_id": tokenizer.pad_token_id,
     }
     positions = config.max_positions or _POSITIONS_PER_TRAINING_LENGTH * config.sequence_length
+    if config.init_from is not None:
+        return _checked_shape(config, "init_from", vocabulary)
     if config.base_config is not None:
-        return _from_folder(config, vocabulary, special)
+        shape = _checked_shape(config, "base_config", vocabulary)
+        for name, value in special.items():
+            setattr(shape, name, value)
+        return shape
     if config.size is not None:
         if config.size not in PAPER_SIZES:
             raise ConfigError(f"unknown size {config.size!r}; {nearest(config.size, PAPER_SIZES)} (Table S14)")
@@ -93,28 +104,30 @@ def base_config(config: TrainConfig, tokenizer: Any) -> Any:
     )
 
 
-def _from_folder(config: TrainConfig, vocabulary: int, special: dict[str, Any]) -> Any:
-    folder = Path(str(config.base_config))
+def _checked_shape(config: TrainConfig, field: str, vocabulary: int) -> Any:
+    folder = Path(str(getattr(config, field)))
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{field}={folder} cannot be read: it has no config.json; name a folder of a Hugging Face model"
+        )
     try:
-        shape = AutoConfig.from_pretrained(folder, local_files_only=True)
+        shape = read_base_config(folder)
     except (OSError, ValueError, KeyError) as error:
         detail = " ".join(str(error).split())
         raise ConfigError(
-            f"base_config={folder} cannot be read as a Hugging Face configuration: {detail}; name a folder with a "
+            f"{field}={folder} cannot be read as a Hugging Face configuration: {detail}; name a folder with a "
             "config.json"
         ) from error
     if shape.vocab_size < vocabulary:
         raise ConfigError(
-            f"base_config={folder} has vocab_size={shape.vocab_size}, tokenizer={config.tokenizer} needs "
+            f"{field}={folder} has vocab_size={shape.vocab_size}, tokenizer={config.tokenizer_name} needs "
             f"{vocabulary}; raise vocab_size in the file or choose its own tokenizer"
         )
     limit = getattr(shape, "max_position_embeddings", config.sequence_length)
     wanted = config.max_positions or config.sequence_length
     if limit < wanted:
         raise ConfigError(
-            f"base_config={folder} allows {limit} positions, sequence_length={config.sequence_length} (or "
+            f"{field}={folder} allows {limit} positions, sequence_length={config.sequence_length} (or "
             f"max_positions) needs {wanted}; raise max_position_embeddings in the file or shorten the rows"
         )
-    for name, value in special.items():
-        setattr(shape, name, value)
     return shape

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from headway.data.loader import PackedLoader
+from headway.data.packing import Rows
+from headway.data.prefetch import PrefetchingLoader
 from headway.errors import TrainingError
 from headway.model.multi_token_lm import MultiTokenLM
 from headway.training.checkpoint import RunState, checkpoint_path, write_checkpoint
@@ -51,6 +53,7 @@ class TrainingRun:
         model: MultiTokenLM,
         optimizer: TrainingOptimizer,
         data: TrainingData,
+        rows: Rows,
         identity: Mapping[str, Any],
         state: RunState,
         evaluators: Sequence[Evaluator],
@@ -62,8 +65,8 @@ class TrainingRun:
         self.metrics, self.announce = metrics, announce
         self.state = state
         self.device = next(model.parameters()).device
-        packed = data.rows(sequence_length=config.sequence_length, seed=config.seed)
-        self.loader = PackedLoader(packed, batch_size=config.rows_per_step)
+        loader = PackedLoader(rows, batch_size=config.rows_per_step)
+        self.loader = PrefetchingLoader(loader, workers=config.loader_workers) if config.loader_workers else loader
         self.resumed_from_step = state.step or None
         self.elapsed_before = state.elapsed_seconds
         self.began = time.perf_counter()
@@ -115,6 +118,7 @@ class TrainingRun:
                     if not finished and not self._step(compiler, stop):
                         self._interrupted(stop)
         finally:
+            self.loader.close()
             self.emit(RunEnded(finished))
 
     def _step(self, compiler: LayerCompiler | None, stop: StopRequest) -> bool:

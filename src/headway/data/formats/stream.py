@@ -1,4 +1,4 @@
-"""Streams of records, brought to disk in shards: what has no end and no way back becomes files that have both.
+"""Streams of records, brought to disk in shards that have an end and a way back.
 
     <folder>/shard-00000.jsonl.zst   records in the order of the stream, about 64 MB of text each
     <folder>/stream.json             how many records the finished shards hold, and of which stream
