@@ -116,7 +116,11 @@ def convert(
 def _check_folders(source: Path, destination: Path, base: Path | None, reader: ModelFormat) -> None:
     for folder in (source, base):
         if folder is not None and not folder.is_dir():
-            raise CheckpointError(f"there is no model folder {folder}; check the path", path=folder)
+            raise CheckpointError(
+                f"there is no model folder {folder}; check the path (a model of the hub is downloaded first: `hf download "
+                f"NAME --local-dir DIR`)",
+                path=folder,
+            )
     if source.resolve() == destination.resolve() or (base is not None and base.resolve() == destination.resolve()):
         raise ConfigError(f"source and destination are one folder, {destination}; write to another one")
     if base is not None and reader.name != "headway":
