@@ -30,7 +30,7 @@ from headway.provenance import provenance
 WEIGHTS_FILE = "consolidated.00.pth"
 SIDECAR_FILE = "headway.json"
 TOKENIZER_FILE = "tokenizer.model"
-CONTEXT_LENGTH = 4096  # of the released models: "context length", Table S13
+CONTEXT_LENGTH = 4096  # "context" of the 7B token models on code, Table S13
 LLAMA_BOS_ID, LLAMA_EOS_ID = 1, 2  # of the Llama 2 tokenizer, which the released models use
 
 _EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "output.weight"
