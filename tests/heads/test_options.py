@@ -12,6 +12,7 @@ from headway.heads.base import Heads
 from headway.heads.options import OPTIONS_OF
 from headway.model.attach import attach_heads
 from headway.model.config import MultiTokenConfig
+from headway.model.memory import model_footprint
 from headway.model.multi_token_lm import MultiTokenLM
 from tiny_models import FAMILIES, VOCABULARY, random_tokens, tiny_base, tiny_model
 
@@ -191,3 +192,14 @@ def test_a_vocabulary_of_another_size_does_not_fit_heads_that_have_one_themselve
     for name in ("medusa", "transformer-markov"):
         with pytest.raises(ConfigError, match="resize the base first"):
             head_model(name).resize_token_embeddings(V + 4)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_footprint_counts_layers_cache_and_parameters_as_the_model_has_them(name):
+    model = tiny_model(**ARCHITECTURES[name])
+    size = model_footprint(model, dtype=torch.float32)
+    assert size.total_parameters == model.num_parameters()
+    assert size.head_parameters == expected_parameters(name, model, 3)
+    assert size.layers - size.head_layers == 3
+    assert size.cache.layers == 3 + model.heads.cache_layers(3)
+    assert size.embedding_parameters == size.unembedding_parameters == V * D

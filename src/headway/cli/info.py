@@ -234,8 +234,8 @@ def _model_document(
         "num_future_tokens": future,
         "vocabulary_size": config.vocab_size,
         "width": config.hidden_size,
-        "layers": cache.layers,
-        "head_layers": future - 1,
+        "layers": footprint.layers,
+        "head_layers": footprint.head_layers,
         "parameters": {
             "total": footprint.total_parameters,
             "non_embedding": footprint.non_embedding_parameters,
@@ -278,6 +278,8 @@ def _show_model(document: dict[str, Any]) -> None:
     parameters, cache = document["parameters"], document["kv_cache"]
     future = document["num_future_tokens"]
     heads = f"{document['head_layers']} of them heads" if future > 1 else "no heads: the plain model"
+    if future > 1 and not document["head_layers"]:
+        heads = "heads are no layers"
     facts = [
         ("kind", f"{document['kind']}, {document['model_type']}"),
         ("future tokens", f"{future}, the next one included"),

@@ -54,6 +54,8 @@ class ModelFootprint:
         embedding_parameters: token embedding, and position embedding where the family learns one.
         unembedding_parameters: the output matrix; 0 where it is tied to the token embedding.
         head_parameters: heads of offsets 2..n alone, with unembeddings of their own where they have them.
+        layers: decoder layers, those of the heads included.
+        head_layers: of them, those of the heads.
         dtype: of weights and cache.
         cache: keys and values.
     """
@@ -62,6 +64,8 @@ class ModelFootprint:
     embedding_parameters: int
     unembedding_parameters: int
     head_parameters: int
+    layers: int
+    head_layers: int
     dtype: torch.dtype
     cache: CacheFootprint
 
@@ -118,6 +122,8 @@ def model_footprint(model: MultiTokenLM, *, dtype: torch.dtype) -> ModelFootprin
         embedding_parameters=sum(embedding.values()),
         unembedding_parameters=0 if id(unembedding) in embedding else unembedding.numel(),
         head_parameters=sum(parameter.numel() for parameter in model.heads.parameters()),
+        layers=len(model.family.layers) + len(model.heads.decoder_layers),
+        head_layers=len(model.heads.decoder_layers),
         dtype=dtype,
         cache=cache_footprint(
             model.base.config,
