@@ -200,5 +200,5 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
     )
     tokens, growth = map(int, done.stdout.split())
     assert tokens > 0.9 * size
-    assert size > 90_000_000
+    assert size > 85_000_000
     assert growth < 180_000_000  # the text and its tokens would take 270
