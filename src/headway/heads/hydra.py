@@ -82,8 +82,9 @@ class HydraHeads(Heads):
 
 def _of_concatenation(parts: Sequence[Tensor], linear: nn.Linear) -> Tensor:
     """`linear` of the concatenated parts, one part at a time: the concatenation of many offsets is never in memory."""
-    width = parts[0].shape[-1]
-    total = F.linear(parts[0], linear.weight[:, :width], linear.bias)
-    for index, part in enumerate(parts[1:], start=1):
-        total = total + F.linear(part, linear.weight[:, index * width : (index + 1) * width])
+    # Split, not sliced: the gradient of a slice is as large as the whole weight.
+    pieces = torch.split(linear.weight, parts[0].shape[-1], dim=1)
+    total = F.linear(parts[0], pieces[0], linear.bias)
+    for part, piece in zip(parts[1:], pieces[1:], strict=True):
+        total = total + F.linear(part, piece)
     return total
