@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from headway.data.cores import usable_cores
 from headway.data.document import Document
-from headway.data.encoding_pool import usable_cores
 from headway.data.loader import PackedLoader
 from headway.data.mixture import Mixture, MixturePart
 from headway.data.packing import PackedTokens, Rows

@@ -66,8 +66,8 @@ def test_unusable_lines_are_counted_in_one_line_and_left_out(tmp_path, gather, m
     assert texts(collection) == [b"first", b"caf\xe9", b"a\0b", b"last, without a newline"]
     assert [document.name.split(":")[1] for document in collection] == ["1", "11", "12", "13"]
     assert report.describe() == (
-        "4 documents, 0.00 MB; left out: 2 empty, 2 broken lines, 2 lines too long for a record, 1 records without the "
-        "field, 1 records without text in the field; kept although: 1 with undecodable bytes, 1 with NUL bytes"
+        "4 documents, 0.00 MB; left out: 2 empty, 2 with broken JSON, 2 too long for a record, 1 without the field, "
+        "1 without text in the field; kept although: 1 with undecodable bytes, 1 with NUL bytes"
     )
 
 

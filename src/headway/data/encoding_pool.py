@@ -30,13 +30,6 @@ _BATCHES_PER_WORKER = 2
 Encoded = tuple[npt.NDArray[Any], Piece]
 
 
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def encode_in_order(
     batches: Iterable[Sequence[Piece]], encoder: DocumentEncoder, *, workers: int
 ) -> Iterator[list[Encoded]]:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from headway.data.collection import Collection
+from headway.data.cores import usable_cores
 from headway.data.document import Document
 from headway.data.split import selected
-from headway.data.word_hashes import Hashes, ngram_blocks
+from headway.data.word_hashes import Batch, Hashes, ngram_blocks
 from headway.errors import ConfigError
 
 # bounds the memory of a text of any length to little more than the n-grams that have to be kept
 _WORDS_PER_BLOCK = 1 << 20
+_BATCHES_PER_THREAD = 2
+_TABLE_ENTRIES_PER_HASH = 8
+_MOST_TABLE_BITS = 30
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,12 @@ class DeduplicationReport:
 
 
 def drop_near_duplicates(
-    train: Iterable[Document], held_out: Iterable[Document], *, ngram: int = 13, max_overlap: float = 0.5
+    train: Iterable[Document],
+    held_out: Iterable[Document],
+    *,
+    ngram: int = 13,
+    max_overlap: float = 0.5,
+    threads: int | None = None,
 ) -> DeduplicationReport:
     """Drop training documents of which more than `max_overlap` is also in held-out text.
 
@@ -57,10 +69,11 @@ def drop_near_duplicates(
 
     Args:
         train: read once, one piece of a document at a time; a `Collection` stays on disk.
-        held_out: their distinct n-grams are held in memory, 8 bytes each. (For one training document at a time, so are
-            at most 1 / max_overlap as many of its own: with more than that it cannot be dropped.)
+        held_out: their distinct n-grams are held in memory, 16 to 24 bytes each. (For one training document at a time,
+            so are at most 1 / max_overlap as many of its own: with more than that it cannot be dropped.)
         ngram: words per n-gram.
         max_overlap: in [0, 1]; a document with exactly this overlap is kept.
+        threads: that compare; None takes one per usable core. The result does not depend on them.
 
     Raises:
         ConfigError: ngram < 1 or max_overlap outside [0, 1].
@@ -71,18 +84,45 @@ def drop_near_duplicates(
             f"the usual are 13 and 0.5"
         )
     known = _Distinct()
-    for document in held_out:
-        for block in ngram_blocks(document, ngram=ngram, words_per_block=max(ngram, _WORDS_PER_BLOCK)):
+    for document_or_batch in _batches(held_out):
+        for block in _blocks(document_or_batch, ngram):
             known.add(block)
     comparison = _Comparison(known.hashes(), ngram, max_overlap)
     train = train if isinstance(train, Collection) else list(train)
     dropped = {}
-    for number, document in enumerate(train):
-        overlap = comparison.overlap(document)
-        if overlap > max_overlap:
-            dropped[number] = (document.name, overlap)
+    if comparison.matters:
+        for number, overlap in enumerate(comparison.overlaps(train, threads=threads or usable_cores())):
+            if overlap > max_overlap:
+                dropped[number] = (train[number].name, overlap)
     kept = selected(train, [number not in dropped for number in range(len(train))])
     return DeduplicationReport(kept=kept, dropped=tuple(dropped.values()))
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[Batch | Document]:
+    """Short documents together, so that each costs little, and long ones alone, to be read piece by piece."""
+    contents: list[bytes] = []
+    is_tokens, size = False, 0
+    for document in documents:
+        is_long = document.num_bytes > _WORDS_PER_BLOCK
+        if contents and (is_long or document.is_tokens != is_tokens or size >= _WORDS_PER_BLOCK):
+            yield Batch(contents, is_tokens)
+            contents, size = [], 0
+        if is_long:
+            yield document
+            continue
+        is_tokens = document.is_tokens
+        contents.append(document.data)
+        size += document.num_bytes
+    if contents:
+        yield Batch(contents, is_tokens)
+
+
+def _blocks(item: Batch | Document, ngram: int) -> Iterator[Hashes]:
+    """Sorted distinct hashes of n-grams, block by block."""
+    if isinstance(item, Batch):
+        yield np.unique(item.ngrams(ngram)[0])
+    else:
+        yield from ngram_blocks(item, ngram=ngram, words_per_block=max(ngram, _WORDS_PER_BLOCK))
 
 
 class _Comparison:
@@ -92,20 +132,67 @@ class _Comparison:
         self._known, self._ngram = known, ngram
         # with more distinct n-grams of its own than this, even all held-out ones would not be too large a share
         self._enough = len(known) / max_overlap if max_overlap else np.inf
+        # most n-grams are nowhere held out, and one look into a table by their first bits tells it of nearly all
+        bits = min(max((_TABLE_ENTRIES_PER_HASH * len(known)).bit_length(), 1), _MOST_TABLE_BITS)
+        self._shift = np.uint64(64 - bits)
+        self._table = np.zeros(1 << bits, dtype=bool)
+        self._table[known >> self._shift] = True
 
-    def overlap(self, document: Document) -> float:
-        """The share of the document's distinct n-grams that is held out; 0 where it is certainly not too large."""
-        if not len(self._known):
-            return 0.0
+    @property
+    def matters(self) -> bool:
+        """Whether anything is held out."""
+        return len(self._known) > 0
+
+    def overlaps(self, documents: Iterable[Document], *, threads: int) -> Iterator[float]:
+        """The overlap of each document in order; 0 where it is certainly not too large."""
+        waiting: deque[Future[list[float]]] = deque()
+        with ThreadPoolExecutor(threads, thread_name_prefix="near-duplicates") as pool:
+            for item in _batches(documents):
+                if isinstance(item, Batch):
+                    waiting.append(pool.submit(self._of_batch, item))
+                else:
+                    # read here: documents on disk are not for several threads
+                    waiting.append(Future())
+                    waiting[-1].set_result([self._of_document(item)])
+                while len(waiting) > _BATCHES_PER_THREAD * threads:
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+
+    def _of_batch(self, batch: Batch) -> list[float]:
+        grams, numbers = batch.ngrams(self._ngram)
+        possible = np.flatnonzero(self._table[grams >> self._shift])
+        found = possible[self._is_known(grams[possible])]
+        count = len(batch.contents)
+        suspects = np.zeros(count, dtype=bool)
+        suspects[numbers[found]] = True
+        # of documents with any n-gram in common, which are few, all distinct ones are counted
+        chosen = suspects[numbers]
+        grams, numbers = grams[chosen], numbers[chosen]
+        order = np.lexsort((grams, numbers))
+        grams, numbers = grams[order], numbers[order]
+        first = np.ones(len(grams), dtype=bool)
+        first[1:] = (grams[1:] != grams[:-1]) | (numbers[1:] != numbers[:-1])
+        grams, numbers = grams[first], numbers[first]
+        own = np.bincount(numbers, minlength=count)
+        common = np.bincount(numbers[self._is_known(grams)], minlength=count)
+        overlaps: list[float] = (common / np.maximum(own, 1)).tolist()
+        return overlaps
+
+    def _of_document(self, document: Document) -> float:
         own, common = _Distinct(), _Distinct()
-        for block in ngram_blocks(document, ngram=self._ngram, words_per_block=max(self._ngram, _WORDS_PER_BLOCK)):
-            places = np.minimum(np.searchsorted(self._known, block), len(self._known) - 1)
-            common.add(block[self._known[places] == block])
+        for block in _blocks(document, self._ngram):
+            common.add(block[self._is_known(block)])
             own.add(block)
             if own.at_least > self._enough:
                 return 0.0
         total = len(own.hashes())
         return len(common.hashes()) / total if total else 0.0
+
+    def _is_known(self, hashes: Hashes) -> npt.NDArray[np.bool_]:
+        places = np.minimum(np.searchsorted(self._known, hashes), len(self._known) - 1)
+        known: npt.NDArray[np.bool_] = self._known[places] == hashes
+        return known
 
 
 class _Distinct:

@@ -70,11 +70,11 @@ class SourceReport:
             "of another suffix": self.other_suffix,
             "not regular files": self.special,
             f"unreadable ({unreadable}{more})": len(self.unreadable),
-            "broken lines": self.broken,
-            "lines too long for a record": self.too_long,
-            "records without the field": self.without_field,
-            "records without text in the field": self.not_text,
-            "records without a reward": self.without_reward,
+            "with broken JSON": self.broken,
+            "too long for a record": self.too_long,
+            "without the field": self.without_field,
+            "without text in the field": self.not_text,
+            "without a reward": self.without_reward,
         }
         kept = {
             "with undecodable bytes": self.undecodable,

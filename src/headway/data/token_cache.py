@@ -19,9 +19,10 @@ from transformers import PreTrainedTokenizerBase
 from headway.data.cache_format import CACHE_FILES, INDEX_PREFIX, CacheMetadata, TokenCache
 from headway.data.cache_staging import Staging, aside, staging, unlock
 from headway.data.cache_writer import CacheWriter, Progress, read_progress
+from headway.data.cores import usable_cores
 from headway.data.document import Document
 from headway.data.encoding import DocumentEncoder, piece_batches
-from headway.data.encoding_pool import encode_in_order, usable_cores
+from headway.data.encoding_pool import encode_in_order
 from headway.data.fingerprint import DataDigest, data_fingerprint, tokenizer_fingerprint
 from headway.data.tokenizers import vocabulary_size
 from headway.errors import DataError
