@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from types import TracebackType
 from typing import Any, BinaryIO, cast
 
@@ -23,7 +24,7 @@ from headway.data.encoding_worker import DEFINITION, PICKLE, read_frame, write_f
 from headway.errors import DataError
 
 POOL_FROM_BYTES = 1 << 24
-"""So much text is encoded by the calling process before workers are started: small caches need none."""
+"""Less text than this is encoded by the calling process: starting workers would take longer."""
 
 _BATCHES_PER_WORKER = 2
 
@@ -47,20 +48,20 @@ def encode_in_order(
     """
     batches = iter(batches)
     if workers < 2 or encoder.is_bytes or not sys.executable:
-        for batch in batches:
-            yield _here(batch, encoder)
+        yield from (_here(batch, encoder) for batch in batches)
         return
-    done = 0
+    first, size = [], 0
     for batch in batches:
-        yield _here(batch, encoder)
-        done += sum(len(piece.data) for piece in batch)
-        if done >= POOL_FROM_BYTES:
+        first.append(batch)
+        size += sum(len(piece.data) for piece in batch)
+        if size >= POOL_FROM_BYTES:
             break
     else:
+        yield from (_here(batch, encoder) for batch in first)
         return
     with _EncoderPool(encoder, workers) as pool:
         waiting: deque[tuple[Sequence[Piece], Future[list[npt.NDArray[Any]]]]] = deque()
-        for batch in batches:
+        for batch in chain(first, batches):
             waiting.append((batch, pool.submit([piece.data for piece in batch if not piece.is_tokens])))
             if len(waiting) > _BATCHES_PER_WORKER * workers:
                 yield _joined(*waiting.popleft())

@@ -58,7 +58,8 @@ def build_token_cache(
         directory: made with its parents.
         overwrite: replace a cache of other text or another tokenizer, or a damaged one; never a folder of other files.
         progress: called with the number of bytes encoded so far.
-        workers: processes that encode; None takes one per usable core. Small texts, and bytes, need none.
+        workers: processes that encode, of 0.1 to 0.3 GB each; None takes one per usable core. Small texts, and bytes,
+            need none.
 
     Raises:
         DataError: no documents; a tokenizer without EOS; another cache or other files are there; it cannot be written.
