@@ -2,6 +2,7 @@ import dataclasses
 import gzip
 import json
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -234,3 +235,16 @@ def test_the_spec_is_checked_before_anything_is_read():
     without.eos_token = None
     with pytest.raises(DataError, match="no end-of-sequence token"):
         prepare_corpus(spec, without, Path("nowhere"))
+
+
+def test_what_a_killed_build_of_former_text_left_is_removed_after_a_week(folder, prepare, tmp_path):
+    caches = tmp_path / "caches"
+    for name in (".0123456789abcdef.partial", ".0123456789abcdea.partial", ".mine.partial"):
+        (caches / name).mkdir(parents=True)
+        (caches / name / "tokens.bin").write_bytes(b"x")
+    week = 8 * 86400
+    for name in (".0123456789abcdef.partial", ".mine.partial"):
+        os.utime(caches / name, (time.time() - week, time.time() - week))
+    prepare(str(folder))
+    hidden = sorted(path.name for path in caches.glob(".*"))
+    assert hidden == [".0123456789abcdea.partial", ".mine.partial"]

@@ -7,11 +7,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -24,6 +25,7 @@ except ImportError:  # Windows: no builder can tell whether another one lives, s
 _HAS_LOCKS: bool = fcntl is not None
 _LOCK = "lock"
 _ABANDONED_SECONDS = 3600.0
+_FORGOTTEN_SECONDS = 7 * 86400.0
 
 
 @dataclass
@@ -83,6 +85,23 @@ def aside(directory: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_forgotten(directory: Path) -> None:
+    """Remove what builds of caches named by a key left below a folder a week ago or longer: their text has changed.
+
+    A build that is still wanted is taken up by the next run, long before.
+    """
+    for folder in directory.glob(".*.partial"):
+        if not re.fullmatch(r"\.[0-9a-f]{16}(\..*)?\.partial", folder.name):
+            continue
+        with suppress(OSError):
+            if time.time() - folder.stat().st_mtime < _FORGOTTEN_SECONDS:
+                continue
+            lock = _lock(folder)
+            if lock is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                lock.close()
 
 
 def _private(directory: Path) -> Path:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from headway.data.cache_format import INDEX_PREFIX, TokenCache
+from headway.data.cache_staging import remove_forgotten
 from headway.data.collect import OpenedSource, collect, open_sources, source_labels
 from headway.data.collection import Collection
 from headway.data.corpus_spec import CorpusSpec
@@ -167,6 +168,7 @@ def prepare_corpus(
         parts=tuple(CorpusPart(name, cache(documents), weight) for name, documents, weight in _parts(spec, train)),
         held_out=cache(held_out) if held_out else None,
     )
+    remove_forgotten(directory)
     _write_index(corpus.parts[0].cache.directory / index, corpus, said, notice)
     return corpus
 
