@@ -169,7 +169,8 @@ def _flags(command: click.Command) -> set[str]:
     context = _context(command)
     flags = set(context.help_option_names)
     for parameter in command.get_params(context):
-        flags |= {*parameter.opts, *parameter.secondary_opts}
+        if isinstance(parameter, click.Option):
+            flags |= {*parameter.opts, *parameter.secondary_opts}
     return flags
 
 
