@@ -88,7 +88,7 @@ def train(
     evaluators: Sequence[Evaluator] | EvaluatorFactory = (),
     on_event: Listener | None = None,
 ) -> TrainResult:
-    """Train a model from scratch, or continue the unfinished run in the output folder.
+    """Train a model, from scratch or from `init_from`, or continue the unfinished run in the output folder.
 
     The same configuration on the same machine gives the same weights, bit for bit, whether the run was killed and
     resumed or not, and whether it was evaluated or not. The global random generators and torch's thread count are
