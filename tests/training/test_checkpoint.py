@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import assert_same_tensors, tiny_model
 
 from headway.data.tokenizers import byte_tokenizer
 from headway.errors import CheckpointError
@@ -22,6 +21,7 @@ from headway.training.checkpoint import (
 from headway.training.config import TrainConfig
 from headway.training.optimizers import TrainingOptimizer
 from headway.training.rng import capture_rng, restore_rng
+from small_runs import assert_same_tensors, tiny_model
 
 CONFIG = TrainConfig(size="1M")
 STATE = RunState(step=7, next_row=112, elapsed_seconds=3.25, skipped_steps=2, skipped_in_a_row=1)

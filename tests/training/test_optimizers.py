@@ -1,11 +1,11 @@
 import pytest
 import torch
-from small_runs import tiny_model
 
 from headway.errors import CheckpointError
 from headway.training.config import TrainConfig
 from headway.training.muon import BatchedMuon
 from headway.training.optimizers import TrainingOptimizer, parameter_kinds
+from small_runs import tiny_model
 
 
 def config(**fields):
