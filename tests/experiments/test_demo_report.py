@@ -105,6 +105,7 @@ def test_no_generated_block_and_no_dropped_file_still_make_a_page(demo_result, c
     )
     page = report_page(replace(demo_result, comparisons=(short,), corpus=replace(demo_result.corpus, dropped=())))
     parsed(page)
+    assert page.rstrip().endswith("</html>")
 
 
 def test_the_json_document_is_strict_json_with_every_figure(demo_result):

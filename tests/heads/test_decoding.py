@@ -104,6 +104,7 @@ def test_thirty_two_future_tokens_decode():
         result = model.generate(
             RAGGED.input_ids, attention_mask=RAGGED.attention_mask, max_new_tokens=40, return_dict_in_generate=True
         )
+        assert result.mode == "self-speculative"
         expected = [continuation(model.base, row, 40) for row in rows]
         near_ties(model, rows, new_tokens(result, RAGGED.input_ids.shape[1]), expected)
 
