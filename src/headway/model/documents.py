@@ -52,7 +52,7 @@ def isolating_mask(
     shape: tuple[int, int],
     dtype: torch.dtype,
     device: torch.device,
-    attention_mask_BT: Tensor | None,
+    attention_mask_BT: AttentionMask,
     position_ids_BT: Tensor | None,
     document_ids_BT: Tensor | None,
 ) -> AttentionMask:
@@ -112,3 +112,39 @@ def masks_by_layer_type(config: Any, build: Callable[[int | None], Tensor]) -> T
     if not layer_types:
         return build(window)
     return {kind: build(window if kind == "sliding_attention" else None) for kind in sorted(set(layer_types))}
+
+
+def isolating_mask_or_cache(
+    config: Any,
+    *,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    attention_mask: AttentionMask,
+    position_ids_BT: Tensor | None,
+    document_ids_BT: Tensor | None,
+    past_key_values: Any | None,
+) -> AttentionMask:
+    """`isolating_mask`, and the given mask unchanged where the pass continues a cache.
+
+    Raises:
+        ConfigError: as `isolating_mask`; several documents in a row with a cache that already holds tokens.
+    """
+    seen = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+    mask = isolating_mask(
+        config,
+        shape=shape,
+        dtype=dtype,
+        device=device,
+        attention_mask_BT=attention_mask if seen == 0 else None,
+        position_ids_BT=position_ids_BT,
+        document_ids_BT=document_ids_BT,
+    )
+    if seen == 0:
+        return mask
+    if mask is not None:
+        raise ConfigError(
+            f"several documents in a row cannot continue a cache: it holds {seen} tokens; pass the documents without "
+            f"past_key_values, or one document per row"
+        )
+    return attention_mask

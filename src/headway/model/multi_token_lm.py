@@ -28,8 +28,9 @@ from headway.losses.chunked import LowRankBias, MultiTokenLoss, chunked_loss
 from headway.model.checkpoint import load_model, save_heads, save_model
 from headway.model.config import MultiTokenConfig
 from headway.model.decoding_engine import registered_engine
-from headway.model.documents import AttentionMask, isolating_mask, positions_from_documents
+from headway.model.documents import AttentionMask, isolating_mask_or_cache, positions_from_documents
 from headway.model.families import check_config, check_parity, check_shared_parts, resolve_family
+from headway.model.head_cache import cache_for_heads
 from headway.model.output import MultiTokenOutput, OffsetHiddenStates
 from headway.model.resuming import restore_heads_too
 from headway.model.tap import BaseTap
@@ -270,7 +271,16 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         if document_ids is not None and position_ids is None:
             position_ids = positions_from_documents(document_ids)
         padding_mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
-        mask = self._isolate(shape, source.device, attention_mask, position_ids, document_ids, past_key_values)
+        mask = isolating_mask_or_cache(
+            self.config,
+            shape=shape,
+            dtype=self.family.lm_head.weight.dtype,
+            device=source.device,
+            attention_mask=attention_mask,
+            position_ids_BT=position_ids,
+            document_ids_BT=document_ids,
+            past_key_values=past_key_values,
+        )
         if mask is not attention_mask or (labels is not None and use_cache is None):
             use_cache = False
         all_offsets = labels is not None or return_future_logits
@@ -288,6 +298,10 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         )
         loss: MultiTokenLoss | None = None
         if labels is not None:
+            counts_N = num_valid_targets
+            if counts_N is None and num_items_in_batch is not None:
+                items = torch.as_tensor(num_items_in_batch, device=source.device)
+                counts_N = items.reshape(-1)[:1].expand(self.num_future_tokens)
             loss = chunked_loss(
                 [self.before_unembedding(hidden, offset=k) for k, hidden in enumerate(states.hidden, start=1)],
                 [self.unembedding(offset).weight for offset in range(1, self.num_future_tokens + 1)],
@@ -296,7 +310,7 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
                 position_ids_BT=position_ids,
                 document_ids_BT=document_ids,
                 attention_mask_BT=padding_mask,
-                num_valid_targets_N=self._counts(num_valid_targets, num_items_in_batch, source.device),
+                num_valid_targets_N=counts_N,
                 soft_cap=self.family.soft_cap,
                 chunk_tokens=self.mtp_config.loss_chunk_tokens,
                 biases=self._biases(states),
@@ -366,7 +380,15 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
                 f"input_ids"
             )
         if wanted > 1 or heads.changes_base:
-            past_key_values = self._cache_for_heads(past_key_values, use_cache)
+            past_key_values = cache_for_heads(
+                past_key_values,
+                heads,
+                num_heads=self.num_future_tokens - 1,
+                base_layers=len(self.family.layers),
+                architecture=self.mtp_config.heads,
+                build=(self.config.use_cache if use_cache is None else use_cache)
+                and not (self.training and self.is_activation_checkpointing),
+            )
         arguments: dict[str, Any] = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -462,68 +484,6 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             None if previous_BT is None else LowRankBias(markov.states(previous_BT), markov.to_logits.weight)
             for previous_BT in states.previous
         ]
-
-    def _isolate(
-        self,
-        shape: tuple[int, int],
-        device: torch.device,
-        attention_mask: AttentionMask,
-        position_ids: Tensor | None,
-        document_ids: Tensor | None,
-        past_key_values: Any | None,
-    ) -> AttentionMask:
-        seen = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        mask = isolating_mask(
-            self.config,
-            shape=shape,
-            dtype=self.family.lm_head.weight.dtype,
-            device=device,
-            attention_mask_BT=attention_mask if seen == 0 else None,  # type: ignore[arg-type]
-            position_ids_BT=position_ids,
-            document_ids_BT=document_ids,
-        )
-        if seen == 0:
-            return mask
-        if mask is not None:
-            raise ConfigError(
-                f"several documents in a row cannot continue a cache: it holds {seen} tokens; pass the documents without "
-                f"past_key_values, or one document per row"
-            )
-        return attention_mask
-
-    def _counts(
-        self, num_valid_targets: Tensor | None, num_items_in_batch: Tensor | int | None, device: torch.device
-    ) -> Tensor | None:
-        if num_valid_targets is not None or num_items_in_batch is None:
-            return num_valid_targets
-        return torch.as_tensor(num_items_in_batch, device=device).reshape(-1)[:1].expand(self.num_future_tokens)
-
-    def _cache_for_heads(self, past_key_values: Any | None, use_cache: bool | None) -> Any | None:
-        needed = self.heads.cache_layers(self.num_future_tokens - 1)
-        if past_key_values is None and (needed == 0 or self.heads.reads_tokens):
-            return None
-        if past_key_values is None:
-            # Heads write at layer indices L, L+1, ...; a cache built from the config has L layers only.
-            wants_cache = self.config.use_cache if use_cache is None else use_cache
-            checkpointing = self.training and self.is_activation_checkpointing
-            return DynamicCache() if wants_cache and not checkpointing else None
-        if isinstance(past_key_values, DynamicCache) and needed:
-            base_layers, seen = len(self.family.layers), past_key_values.get_seq_length()
-            if self.heads.reads_tokens:
-                if seen:
-                    raise ConfigError(
-                        f"{self.mtp_config.heads} heads cannot continue a cache: their keys and values depend on tokens "
-                        f"that come later; pass the whole text without past_key_values, or use generate"
-                    )
-                return past_key_values
-            filled = past_key_values.get_seq_length(base_layers) if len(past_key_values.layers) > base_layers else 0
-            if filled != seen or getattr(past_key_values, "layer_class_to_replicate", True) is None:
-                raise ConfigError(
-                    f"this cache has no room for the heads' keys and values, or holds {seen} tokens of the base and "
-                    f"{filled} of the heads; pass transformers.DynamicCache() without a config, filled by calls with "
-                    f"return_future_logits=True"
-                )
-        return past_key_values
 
     def _parity_logits(self, input_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
         with self._tap.armed():
