@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from headway.errors import CheckpointError
 from headway.model.multi_token_lm import MultiTokenLM
+from headway.training.best import BestStep, record_best
 from headway.training.optimizers import TrainingOptimizer
 from headway.training.rng import capture_rng, restore_rng
 
@@ -117,8 +118,9 @@ def write_checkpoint(
     config: Mapping[str, Any],
     identity: Mapping[str, Any],
     keep: int,
+    best: BestStep | None = None,
 ) -> Path:
-    """Write the checkpoint of `state.step` and remove all but the `keep` newest.
+    """Write the checkpoint of `state.step` and remove all but the `keep` newest and the best.
 
     At any moment of a kill or a power cut the folder holds complete checkpoints and at most one hidden unfinished one.
 
@@ -150,9 +152,30 @@ def write_checkpoint(
         ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    for old in checkpoint_paths(folder)[:-keep]:
-        _remove(old)
+    retain(folder, keep=keep, best=best)
     return target
+
+
+def retain(folder: Path, *, keep: int, best: BestStep | None = None) -> None:
+    """Record which checkpoint is the best and remove all but that one and the `keep` newest.
+
+    Raises:
+        CheckpointError: the disk refuses; too many checkpoints are there then, never too few.
+    """
+    kept = None if best is None else checkpoint_path(folder, best.step)
+    if kept is not None and not kept.is_dir():
+        kept = None
+    try:
+        record_best(folder, best, kept)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot record the best checkpoint in {folder}: {error}; the checkpoints are whole: free space, then start "
+            f"the same command again",
+            path=folder,
+        ) from error
+    for old in checkpoint_paths(folder)[:-keep]:
+        if old != kept:
+            _remove(old)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -201,7 +224,10 @@ def remove_unfinished(folder: Path) -> None:
     if folder.is_dir():
         for entry in folder.iterdir():
             if entry.name.startswith((".writing-", ".removing-")):
-                shutil.rmtree(entry, ignore_errors=True)
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry, ignore_errors=True)
+                else:
+                    entry.unlink(missing_ok=True)
 
 
 def _write_manifest(folder: Path) -> None:

@@ -212,6 +212,9 @@ class TrainConfig:
         unit="steps", group=OUTPUT, at_least=1, on_resume="free")
     keep_checkpoints: int = option(
         2, "Newest checkpoints kept.", group=OUTPUT, at_least=1, on_resume="free")
+    keep_best: str | None = option(
+        "nats", "Figure of the evaluations by which the best checkpoint is written and kept too, such as accuracy:2 "
+        "(offset 2) or walk_acceptance_length; none: only the newest are kept.", group=OUTPUT, on_resume="free")
     tensorboard: bool = option(True, "Write TensorBoard events too.", group=OUTPUT, on_resume="free")
     eval_every_steps: int | None = option(
         250, "Steps between evaluations on held-out text, one more at the end; none: never.",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from headway.errors import ConfigError
 from headway.heads.options import check_options, decoder_layers, options_from
+from headway.training.best import parse_figure
 
 if TYPE_CHECKING:
     from headway.training.config import TrainConfig
@@ -41,6 +42,8 @@ def check_together(config: TrainConfig) -> None:
                     f"{name} needs optimizer muon: got optimizer={config.optimizer}; set optimizer to "
                     f"muon or {name} to none"
                 )
+    if config.keep_best is not None:
+        parse_figure(config.keep_best)
     if config.overwrite and config.resume not in ("auto", "never"):
         raise ConfigError(
             f"overwrite and resume={config.resume} exclude each other: one clears the output folder, the "

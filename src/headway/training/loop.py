@@ -13,6 +13,7 @@ import torch
 from headway.data.tokenizers import load_tokenizer
 from headway.errors import ConfigError
 from headway.provenance import provenance
+from headway.training.best import read_best
 from headway.training.checkpoint import RunState
 from headway.training.config import TrainConfig
 from headway.training.config_file import to_yaml
@@ -28,6 +29,7 @@ from headway.training.optimizers import TrainingOptimizer
 from headway.training.rng import preserved_rng, seed_everything
 from headway.training.run import Evaluator, TrainingRun
 from headway.training.run_directory import (
+    CHECKPOINTS,
     CONFIG,
     EVALUATIONS,
     METRICS,
@@ -62,6 +64,7 @@ class TrainResult:
         tokens_per_second: of the steps done by this process; None where it did none.
         resumed_from_step: None for a run that was not interrupted.
         evaluation: figures after the last step; empty without evaluators.
+        best: step, figure, value and folder name of the best checkpoint; None where none was evaluated.
     """
 
     model_directory: Path
@@ -76,6 +79,7 @@ class TrainResult:
     tokens_per_second: float | None
     resumed_from_step: int | None
     evaluation: Mapping[str, Any]
+    best: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """All fields, JSON-ready."""
@@ -200,6 +204,7 @@ def _finish(run: TrainingRun) -> TrainResult:
         tokens_per_second=run.whole.per_second or None,
         resumed_from_step=run.resumed_from_step,
         evaluation=evaluations[-1] if evaluations else {},
+        best=read_best(run.folder / CHECKPOINTS),
     )
     write_text(
         run.folder / RESULT,

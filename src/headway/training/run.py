@@ -16,6 +16,7 @@ from headway.data.packing import Rows
 from headway.data.prefetch import PrefetchingLoader
 from headway.errors import TrainingError
 from headway.model.multi_token_lm import MultiTokenLM
+from headway.training.best import best_of, better, parse_figure
 from headway.training.checkpoint import RunState, checkpoint_path, write_checkpoint
 from headway.training.compilation import LayerCompiler, compile_layers
 from headway.training.config import TrainConfig
@@ -30,6 +31,7 @@ from headway.training.events import (
     RunStarted,
     StepDone,
 )
+from headway.training.fields import field_specs
 from headway.training.interruption import StopRequest, TrainingInterruptedError, stop_on_signals
 from headway.training.metrics import MetricsWriter, read_metrics
 from headway.training.optimizers import TrainingOptimizer
@@ -74,6 +76,8 @@ class TrainingRun:
         self.saved_step = state.step if checkpoint_path(folder / CHECKPOINTS, state.step).exists() else None
         evaluations = read_metrics(folder / EVALUATIONS)
         self.evaluated_step = evaluations[-1]["step"] if evaluations else None
+        self.figure = None if config.keep_best is None else parse_figure(config.keep_best)
+        self.best = None if self.figure is None else best_of(evaluations, self.figure)
         self.interval = _Stopwatch()
         self.whole = _Stopwatch()
 
@@ -196,7 +200,8 @@ class TrainingRun:
 
     def _checkpoint_is_due(self) -> bool:
         step, every = self.state.step, self.config.checkpoint_every_steps
-        return step >= self.config.steps or (every is not None and step > 0 and step % every == 0)
+        best = self.best is not None and self.best.step == step
+        return best or step >= self.config.steps or (every is not None and step > 0 and step % every == 0)
 
     def _evaluate(self) -> None:
         began = time.perf_counter()
@@ -211,6 +216,18 @@ class TrainingRun:
         self.optimizer.zero_grad()
         self.evaluated_step = self.state.step
         self.emit(EvaluationDone(self.state.step, values, time.perf_counter() - began))
+        self._rank(values)
+
+    def _rank(self, values: Mapping[str, Any]) -> None:
+        """Note whether this evaluation is the best so far; its checkpoint is written next."""
+        if self.figure is None:
+            return
+        if self.figure.name not in values and self.config.keep_best != field_specs(TrainConfig)["keep_best"].default:
+            raise TrainingError(
+                f"keep_best={self.config.keep_best} is none of the figures of this run's evaluations "
+                f"({', '.join(values)}); name one of them, or set keep_best to none"
+            )
+        self.best = better(self.best, self.figure, step=self.state.step, figures=values)
 
     def save(self) -> Path:
         """Write the checkpoint of the steps done so far, unless it is there already."""
@@ -230,6 +247,7 @@ class TrainingRun:
             config=self.config.to_dict(),
             identity=self.identity,
             keep=self.config.keep_checkpoints,
+            best=self.best,
         )
         self.saved_step = self.state.step
         self.emit(CheckpointWritten(self.state.step, path, time.perf_counter() - began))

@@ -3,7 +3,7 @@
 config.yaml           the resolved configuration
 metrics.jsonl         one line per logged step          evaluations.jsonl    one line per evaluation
 tensorboard/          the same for TensorBoard          tokens/              token caches
-checkpoints/          see `checkpoint.py`               model/               the finished model, a plain headway folder
+checkpoints/          see `checkpoint.py`, `best.py`  model/              the finished model, a plain headway folder
 result.json           final figures; its presence means that the run is finished
 """
 
@@ -121,6 +121,7 @@ def begin(folder: Path, config: TrainConfig) -> RunStart:
 
 
 def _from_named_checkpoint(folder: Path, path: Path) -> RunStart:
+    path = path.resolve() if path.is_symlink() else path  # checkpoints/best
     checkpoint = read_checkpoint(path)
     own = path.resolve().parent == (folder / CHECKPOINTS).resolve()
     later = [other for other in checkpoint_paths(folder / CHECKPOINTS) if not own or other.name > path.name]
