@@ -24,13 +24,14 @@ from headway.errors import ConfigError
 from headway.functional.targets import IGNORE_INDEX, shift_targets
 from headway.heads.base import BaseParts, HeadInputs
 from headway.heads.build import build_heads
-from headway.losses.chunked import LowRankBias, MultiTokenLoss, chunked_loss
+from headway.losses.chunked import MultiTokenLoss
 from headway.model.checkpoint import load_model, save_heads, save_model
 from headway.model.config import MultiTokenConfig
 from headway.model.decoding_engine import registered_engine
 from headway.model.documents import AttentionMask, isolating_mask_or_cache, positions_from_documents
 from headway.model.families import check_config, check_parity, check_shared_parts, resolve_family
 from headway.model.head_cache import cache_for_heads
+from headway.model.objective import model_loss
 from headway.model.output import MultiTokenOutput, OffsetHiddenStates
 from headway.model.resuming import restore_heads_too
 from headway.model.tap import BaseTap
@@ -302,18 +303,14 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             if counts_N is None and num_items_in_batch is not None:
                 items = torch.as_tensor(num_items_in_batch, device=source.device)
                 counts_N = items.reshape(-1)[:1].expand(self.num_future_tokens)
-            loss = chunked_loss(
-                [self.before_unembedding(hidden, offset=k) for k, hidden in enumerate(states.hidden, start=1)],
-                [self.unembedding(offset).weight for offset in range(1, self.num_future_tokens + 1)],
-                labels.to(source.device),
-                offset_weights=self.mtp_config.offset_weights,
+            loss = model_loss(
+                self,
+                states,
+                labels,
                 position_ids_BT=position_ids,
                 document_ids_BT=document_ids,
-                attention_mask_BT=padding_mask,
+                padding_mask_BT=padding_mask,
                 num_valid_targets_N=counts_N,
-                soft_cap=self.family.soft_cap,
-                chunk_tokens=self.mtp_config.loss_chunk_tokens,
-                biases=self._biases(states),
             )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         future_logits = logits = None
@@ -332,6 +329,7 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             loss=None if loss is None else loss.total,
             logits=logits,
             loss_per_offset=None if loss is None or plain_output else loss.per_offset_N,
+            num_correct_per_offset=None if loss is None or plain_output else loss.num_correct_N,
             future_logits=future_logits,
             past_key_values=states.past_key_values,
             hidden_states=states.hidden_states,
@@ -475,15 +473,6 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         if previous is None or offset == 1:
             return logits
         return logits.masked_fill((previous == IGNORE_INDEX)[..., None], torch.nan)
-
-    def _biases(self, states: OffsetHiddenStates) -> list[LowRankBias | None] | None:
-        markov = self.heads.markov
-        if markov is None:
-            return None
-        return [
-            None if previous_BT is None else LowRankBias(markov.states(previous_BT), markov.to_logits.weight)
-            for previous_BT in states.previous
-        ]
 
     def _parity_logits(self, input_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
         with self._tap.armed():
