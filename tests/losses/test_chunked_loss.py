@@ -79,6 +79,23 @@ def test_per_offset_values_are_the_means_that_make_up_the_total():
         assert loss.per_offset_N[offset - 1].item() == pytest.approx(expected.item(), rel=1e-13)
 
 
+@pytest.mark.parametrize("cap", [None, 1.5])
+@pytest.mark.parametrize("chunk_tokens", [4, 1000])
+def test_correct_targets_are_those_that_the_argmax_names(cap, chunk_tokens):
+    hidden, weight, labels = inputs(3, seed=5)
+    labels[0, 3:6] = -100
+    with torch.no_grad():
+        for offset in (1, 2):  # so that a good part of the targets is predicted
+            hidden[offset - 1][:, : T - offset] += weight[labels[:, offset:].clamp(min=0)]
+    loss = chunked_loss(hidden, weight, labels, soft_cap=SoftCap(cap), chunk_tokens=chunk_tokens)
+    expected = []
+    for offset in (1, 2, 3):
+        targets, predicted = labels[:, offset:], (hidden[offset - 1][:, : T - offset] @ weight.T).argmax(-1)
+        expected.append(int(((predicted == targets) & (targets != -100)).sum()))
+    assert loss.num_correct_N.tolist() == expected
+    assert 0 < expected[2] < expected[0] < loss.num_targets_N[0]
+
+
 def test_counts_of_a_whole_step_make_micro_batches_add_up_to_the_mean():
     hidden, weight, labels = inputs(3)
     labels[1, 4:] = -100

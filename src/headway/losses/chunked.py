@@ -30,11 +30,14 @@ class MultiTokenLoss:
         total: scalar with a graph: sum over offsets of weight x summed nats / count.
         per_offset_N: detached mean nats over each offset's targets, [N]; NaN-free: 0 where an offset has no target.
         num_targets_N: valid targets of this call, int64 [N].
+        num_correct_N: of them, those that no other token outscores, int64 [N]: divided by the targets, the accuracy. A tie
+            counts as correct. None where the loss has no targets that are tokens.
     """
 
     total: Tensor
     per_offset_N: Tensor
     num_targets_N: Tensor
+    num_correct_N: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,7 @@ def loss_of_targets(
     sum_dtype = torch.float64 if hidden[0].dtype == torch.float64 else torch.float32
     divisors_N = (num_targets_N if counts_N is None else counts_N.to(num_targets_N.device)).clamp(min=1)
     factors_N = torch.tensor(list(offset_weights), dtype=sum_dtype, device=targets_NM.device) / divisors_N.to(sum_dtype)
-    total, sums_N = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+    total, sums_N, correct_N = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
         targets_NM,
         factors_N,
         soft_cap or SoftCap(),
@@ -184,7 +187,7 @@ def loss_of_targets(
         *(h.flatten(0, 1) for h in hidden),
     )
     means_N = sums_N.detach() / num_targets_N.clamp(min=1).to(sum_dtype)
-    return MultiTokenLoss(total=total, per_offset_N=means_N, num_targets_N=num_targets_N)
+    return MultiTokenLoss(total=total, per_offset_N=means_N, num_targets_N=num_targets_N, num_correct_N=correct_N)
 
 
 def _check_labels(labels_BT: Tensor, *, vocabulary_size: int) -> None:
@@ -232,11 +235,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunk_tokens: int,
         summands: tuple[_Summands, ...],
         *tensors: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         num_weights = 1 + max(weight for pairs in summands for _, weight in pairs)
         weights, hidden = tensors[:num_weights], tensors[num_weights:]
         needs = ctx.needs_input_grad[_FIXED:]
         sums_N = torch.zeros_like(factors_N)
+        correct_N = torch.zeros_like(factors_N, dtype=torch.long)
         grad_weights = [
             torch.zeros_like(weight, dtype=factors_N.dtype) if needed else None
             for weight, needed in zip(weights, needs[:num_weights], strict=True)
@@ -246,7 +250,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for index, pairs in enumerate(summands):
             for start in range(0, targets_NM.shape[1], chunk_tokens):
                 rows = slice(start, start + chunk_tokens)
-                sums_N[index] += _chunk(
+                nats, correct = _chunk(
                     targets_NM[index, rows],
                     [hidden[i][rows] for i, _ in pairs],
                     [weights[j] for _, j in pairs],
@@ -255,14 +259,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     grad_weights=[grad_weights[j] for _, j in pairs],
                     factor=factors_N[index],
                 )
+                sums_N[index] += nats
+                correct_N[index] += correct
         ctx.save_for_backward(factors_N, *(grad for grad in grad_hidden if grad is not None))
         ctx.grad_weights = [
             None if grad is None else grad.to(weight.dtype) for grad, weight in zip(grad_weights, weights, strict=True)
         ]
         ctx.offset_of = [index for index, pairs in enumerate(summands) for _ in pairs]
-        ctx.mark_non_differentiable(sums_N)
+        ctx.mark_non_differentiable(sums_N, correct_N)
         ctx.set_materialize_grads(False)
-        return (sums_N * factors_N).sum(), sums_N
+        return (sums_N * factors_N).sum(), sums_N, correct_N
 
     @staticmethod
     @once_differentiable
@@ -288,8 +294,8 @@ def _chunk(
     grad_hidden: Sequence[Tensor | None],
     grad_weights: Sequence[Tensor | None],
     factor: Tensor,
-) -> Tensor:
-    """Summed negative log-likelihood of one chunk; fills grad_hidden and adds factor x gradient to grad_weights.
+) -> tuple[Tensor, Tensor]:
+    """Summed negative log-likelihood and correct targets of one chunk; fills grad_hidden, adds factor x gradient to grad_weights.
 
     Works in place on one [C, V] buffer. Ignored rows are zeroed, not multiplied by zero, so that a NaN in padding stays
     there.
@@ -310,11 +316,13 @@ def _chunk(
             cap_slope_CV = 1 - (buffer_CV / soft_cap.cap).square_()
     buffer_CV.sub_(buffer_CV.amax(dim=1, keepdim=True))
     label_logits_C1 = buffer_CV.gather(1, labels_C1)
+    # The largest logit has just become 0, so the argmax costs no pass over the vocabulary.
+    correct = ((label_logits_C1 == 0) & valid_C1).sum()
     buffer_CV.exp_()
     sum_exp_C1 = buffer_CV.sum(dim=1, keepdim=True)
     nll_C1 = (sum_exp_C1.log() - label_logits_C1).masked_fill_(~valid_C1, 0)
     if not wants_gradients:
-        return nll_C1.sum()
+        return nll_C1.sum(), correct
     buffer_CV.div_(sum_exp_C1)
     buffer_CV.scatter_add_(1, labels_C1, torch.full_like(nll_C1, -1.0))
     if cap_slope_CV is not None:
@@ -326,7 +334,7 @@ def _chunk(
             torch.mm(grad_logits_CV, weight_VD, out=grad_CD)
         if grad_VD is not None:
             _add_weight_gradient(grad_VD, grad_logits_CV, states_CD, factor)
-    return nll_C1.sum()
+    return nll_C1.sum(), correct
 
 
 def _add_weight_gradient(grad_VD: Tensor, grad_logits_CV: Tensor, hidden_CD: Tensor, factor: Tensor) -> None:

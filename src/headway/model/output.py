@@ -23,6 +23,7 @@ class MultiTokenOutput(ModelOutput):  # type: ignore[misc]
         past_key_values: the cache, where one was used.
         hidden_states: the base's own, where asked for.
         attentions: the base's own, where asked for.
+        num_correct_per_offset: valid targets of each offset that no other token outscores, int64 [N]; a tie counts as correct.
     """
 
     loss: Tensor | None = None
@@ -32,6 +33,7 @@ class MultiTokenOutput(ModelOutput):  # type: ignore[misc]
     past_key_values: Any | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+    num_correct_per_offset: Tensor | None = None
 
 
 @dataclass(frozen=True)
