@@ -134,7 +134,7 @@ def write_checkpoint(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         model.save_pretrained(aside / _MODEL)
-        tokenizer.save_pretrained(aside / _MODEL)
+        save_tokenizer(tokenizer, aside / _MODEL)
         save_file({name: t.contiguous() for name, t in optimizer.state_tensors().items()}, aside / _OPTIMIZER)
         run = {"state": asdict(state), "config": config, "identity": identity, "rng": capture_rng()}
         (aside / _RUN).write_text(json.dumps(run, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
@@ -235,11 +235,9 @@ def _write_manifest(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-            _sync(path)
     manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, "torch": torch.__version__, "files": files}
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    for path in (folder / _MANIFEST, *(entry for entry in folder.rglob("*") if entry.is_dir()), folder):
-        _sync(path)
+    sync_tree(folder)
 
 
 def _check_manifest(path: Path) -> None:
@@ -291,6 +289,28 @@ def _remove(path: Path) -> None:
         raise CheckpointError(
             f"cannot remove the old checkpoint {path}: {error}; remove it by hand", path=path
         ) from error
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Save a tokenizer beside its model.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        # tokenizers reports what the system refused as a bare Exception
+        if type(error) is not Exception:
+            raise
+        raise OSError(str(error)) from error
+
+
+def sync_tree(folder: Path) -> None:
+    """Let every file and folder below `folder`, and itself, reach the disk."""
+    entries = sorted(folder.rglob("*"))
+    for path in (*filter(Path.is_file, entries), *filter(Path.is_dir, entries), folder):
+        _sync(path)
 
 
 def _sync(path: Path) -> None:

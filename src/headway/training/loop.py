@@ -22,10 +22,12 @@ from headway.training.events import (
     Listener,
     Notice,
 )
+from headway.training.final_model import write_final_model
 from headway.training.identity import check_same_run, run_identity
 from headway.training.metrics import MetricsWriter, read_metrics
 from headway.training.model_building import base_config
 from headway.training.optimizers import TrainingOptimizer
+from headway.training.out_of_memory import out_of_memory_explained
 from headway.training.rng import preserved_rng, seed_everything
 from headway.training.run import Evaluator, TrainingRun
 from headway.training.run_directory import (
@@ -150,8 +152,8 @@ def train(
             if changes:
                 announce(Notice(f"resuming with changed options: {'; '.join(changes)}"))
         seed_everything(config.seed)
-        model = starting_model(config, shape)
-        model.to(device)
+        with out_of_memory_explained(config, lambda: "building the model"):
+            model = starting_model(config, shape).to(device)
         if config.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         model.train()
@@ -185,8 +187,7 @@ def _finish(run: TrainingRun) -> TrainResult:
     """Write the model, then the result, whose presence says that the run is finished."""
     directory = run.folder / MODEL
     run.model.eval()
-    run.model.save_pretrained(directory, overwrite=True)
-    run.data.tokenizer.save_pretrained(directory)
+    write_final_model(run.model, run.data.tokenizer, directory)
     run.metrics.flush()
     # Read back, not remembered: after a resume the last step may have been another process's.
     last = read_metrics(run.folder / METRICS)[-1]

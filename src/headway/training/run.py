@@ -35,6 +35,7 @@ from headway.training.fields import field_specs
 from headway.training.interruption import StopRequest, TrainingInterruptedError, stop_on_signals
 from headway.training.metrics import MetricsWriter, read_metrics
 from headway.training.optimizers import TrainingOptimizer
+from headway.training.out_of_memory import out_of_memory_explained
 from headway.training.rng import capture_rng, preserved_rng, restore_rng
 from headway.training.run_directory import CHECKPOINTS, EVALUATIONS
 from headway.training.schedule import learning_rate_factor
@@ -109,7 +110,7 @@ class TrainingRun:
         )
         finished = False
         try:
-            with stop_on_signals() as stop:
+            with stop_on_signals() as stop, out_of_memory_explained(self.config, self._doing):
                 while not finished:
                     # A run resumed where a signal left no time for its evaluation begins with it.
                     if self._evaluation_is_due() and not stop:
@@ -124,6 +125,9 @@ class TrainingRun:
         finally:
             self.loader.close()
             self.emit(RunEnded(finished))
+
+    def _doing(self) -> str:
+        return f"step {min(self.state.step + 1, self.config.steps)}"
 
     def _step(self, compiler: LayerCompiler | None, stop: StopRequest) -> bool:
         """Do one optimizer step; False where a signal cut it short and nothing happened."""

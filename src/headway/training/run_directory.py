@@ -10,6 +10,7 @@ result.json           final figures; its presence means that the run is finished
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from headway.training.checkpoint import (
     remove_unfinished,
 )
 from headway.training.config import TrainConfig
+from headway.training.final_model import remove_unfinished_model
 
 try:
     import fcntl
@@ -96,6 +98,7 @@ def begin(folder: Path, config: TrainConfig) -> RunStart:
         CheckpointError: no checkpoint is whole, or the one asked for is not.
     """
     remove_unfinished(folder / CHECKPOINTS)
+    remove_unfinished_model(folder)
     if config.overwrite:
         _clear(folder)
         return RunStart(None, ())
@@ -178,7 +181,10 @@ def write_text(path: Path, text: str) -> None:
     """
     aside = path.with_name(f".{path.name}.writing")
     try:
-        aside.write_text(text, encoding="utf-8")
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         aside.replace(path)
     except OSError as error:
         aside.unlink(missing_ok=True)
