@@ -146,7 +146,7 @@ def write_checkpoint(
         _sync(folder)
     except (OSError, SafetensorError, CheckpointError) as error:
         raise CheckpointError(
-            f"cannot write the checkpoint {target}: {error}; the former checkpoints are untouched: free space or "
+            f"cannot write the checkpoint {target}: {reason(error)}; the former checkpoints are untouched: free space or "
             f"choose another output folder, then start the same command again",
             path=target,
         ) from error
@@ -289,6 +289,12 @@ def _remove(path: Path) -> None:
         raise CheckpointError(
             f"cannot remove the old checkpoint {path}: {error}; remove it by hand", path=path
         ) from error
+
+
+def reason(error: BaseException) -> str:
+    """What the system said, without the advice of the layer that met it."""
+    cause = error.__cause__ if isinstance(error, CheckpointError) and error.__cause__ is not None else error
+    return (cause.strerror if isinstance(cause, OSError) else None) or str(cause)
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from headway.errors import CheckpointError
 from headway.model.multi_token_lm import MultiTokenLM
-from headway.training.checkpoint import save_tokenizer, sync_tree
+from headway.training.checkpoint import reason, save_tokenizer, sync_tree
 
 _ASIDE = ".writing-model"
 
@@ -32,7 +32,7 @@ def write_final_model(model: MultiTokenLM, tokenizer: Any, directory: Path) -> N
         (aside / directory.name).rename(directory)
     except (OSError, SafetensorError, CheckpointError) as error:
         raise CheckpointError(
-            f"cannot write the finished model to {directory}: {error}; the last checkpoint holds the same weights: free "
+            f"cannot write the finished model to {directory}: {reason(error)}; the last checkpoint holds the same weights: free "
             f"space, then start the same command again",
             path=directory,
         ) from error

@@ -42,7 +42,10 @@ class MetricsWriter:
         self._board: Any = None
         if tensorboard:
             purge_step = resumed_step + 1 if resumed_step else None
-            self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=purge_step)
+            try:
+                self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=purge_step)
+            except OSError as error:
+                raise self._refused(error) from error
 
     def __call__(self, event: Event) -> None:
         """Write a logged step or an evaluation; other events are none of its business."""
