@@ -36,6 +36,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "sequential": {"heads": "sequential"},
     "sequential-shared": {"heads": "sequential", "share_modules": True},
     "sequential-own-norm": {"heads": "sequential", "own_output_norm": True},
+    "sequential-fused-shared": {"heads": "sequential", "fuse_layers": True, "share_modules": True},
+    "sequential-tap": {"heads": "sequential", "tap_back": 1},
+    "hydra-tap": {"heads": "hydra", "tap_back": 2},
+    "medusa-tap": {"heads": "medusa", "tap_back": 1},
+    "replicated-tap": {"heads": "replicated_unembedding", "tap_back": 1},
 }
 """Name -> fields of `MultiTokenConfig`."""
 

@@ -31,8 +31,9 @@ def plain_logits(name, model, tokens):
 
     residual = run(last, z)
     hidden, weights = [norm(residual)], [shared] * (count + 1)
-    own = heads.unembeddings is not None
-    if own:
+    # What heads on the final hidden state read: of layer L, or of L - j with a tap.
+    read = norm([*states, residual][-1 - options.get("tap_back", 0)])
+    if heads.unembeddings is not None:
         weights = [shared, *(matrix.weight for matrix in heads.unembeddings)]
     if name.startswith("causal"):
         x = residual
@@ -52,22 +53,24 @@ def plain_logits(name, model, tokens):
         source = [*states, residual][-1 - options.get("tap_back", 0)]
         hidden += [norm(source @ body.weight.T) for body in heads]
     elif kind == "replicated_unembedding":
-        hidden *= count + 1
+        hidden += [read] * count
     elif kind == "medusa":
         for body in heads:
-            x = hidden[0]
+            x = read
             for block in body:
                 x = x + F.silu(x @ block.inner.weight.T + block.inner.bias)
             hidden.append(x)
     elif kind == "hydra":
         for index, body in enumerate(heads):
-            u = torch.cat([hidden[0], *after[1 : index + 2]], dim=-1)
+            u = torch.cat([read, *after[1 : index + 2]], dim=-1)
             x = u @ body.skip.weight.T + F.silu(u @ body.inner.weight.T + body.inner.bias)
             for block in body.blocks:
                 x = x + F.silu(x @ block.inner.weight.T + block.inner.bias)
             hidden.append(x)
     else:
-        x = hidden[0]
+        x = read
+        if options.get("fuse_layers"):
+            x = torch.cat(states[:3], dim=-1) @ heads.fusion.weight.T
         for depth in range(1, count + 1):
             module = heads[0] if options.get("share_modules") else heads[depth - 1]
             both = torch.cat([module.hidden_norm(x), module.embedding_norm(after[depth])], dim=-1)

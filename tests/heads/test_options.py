@@ -44,7 +44,8 @@ def expected_parameters(name, model, heads):
         return inputs * D + (inputs * D + heads * D) + heads * (blocks - 1) * square + own
     norm = sum(p.numel() for p in model.family.norm.parameters())
     module = layer + 2 * D * D + 2 * norm + (norm if options.get("own_output_norm") else 0)
-    return module if options.get("share_modules") else heads * module
+    fusion = 3 * D * D if options.get("fuse_layers") else 0
+    return (module if options.get("share_modules") else heads * module) + fusion
 
 
 @pytest.mark.parametrize("num_future_tokens", [2, 5])
@@ -140,6 +141,8 @@ def test_offset_1_stays_bit_equal_to_the_base(name):
     [
         ({"heads": "hydras"}, "did you mean hydra"),
         ({"wiring": "diagonal"}, "parallel, causal, anticausal"),
+        ({"fuse_layers": True}, "only sequential"),
+        ({"heads": "sequential", "fuse_layers": True, "tap_back": 1}, "leave one of them out"),
         ({"heads": "linear", "wiring": "causal"}, "only transformer take it"),
         ({"heads": "medusa", "layers_per_head": 2}, "layers_per_head=2 means nothing for heads='medusa'"),
         ({"blocks_per_head": 2}, "only medusa, hydra"),
@@ -162,6 +165,9 @@ def test_a_tap_before_the_first_layer_is_refused():
     with pytest.raises(ConfigError, match="pass at most 2"):
         tiny_model(tap_back=3)
     tiny_model(tap_back=2)
+    shallow = tiny_base("llama", num_hidden_layers=2)
+    with pytest.raises(ConfigError, match="a base of 2"):
+        attach_heads(shallow, MultiTokenConfig(num_future_tokens=2, heads="sequential", fuse_layers=True))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

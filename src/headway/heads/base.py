@@ -7,7 +7,7 @@ Everybody outside this room (model, losses, decoding) knows heads through `Heads
 
 from __future__ import annotations
 
-import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, cast
@@ -21,16 +21,19 @@ from headway.heads.markov import MarkovBias
 
 @dataclass(frozen=True)
 class Reading:
-    """A place in the base.
+    """A place in the base, or several.
 
     Attributes:
         point: "layer_input": what a decoder layer gets; "final_residual": what the last layer gives; "final_hidden": the
-            same after the final norm.
-        layers_back: for "layer_input": 0 is the last layer (its input is the trunk's output z), k is layer L - k.
+            same after the final norm; "layer_inputs": what several layers get, concatenated.
+        layers_back: for "layer_input": 0 is the last layer (its input is the trunk's output z), k is layer L - k. For
+            "final_hidden": k > 0 is what layer L - k gives, after the final norm.
+        layers: for "layer_inputs": the layers, counted from 0.
     """
 
-    point: Literal["layer_input", "final_residual", "final_hidden"]
+    point: Literal["layer_input", "final_residual", "final_hidden", "layer_inputs"]
     layers_back: int = 0
+    layers: tuple[int, ...] = ()
 
 
 TRUNK_OUTPUT = Reading("layer_input")
@@ -69,7 +72,7 @@ class HeadInputs:
     """What one pass of the base offers to its heads.
 
     Attributes:
-        hidden_BTD: at the place that the heads declared (`Heads.reading`).
+        hidden_BTD: at the place that the heads declared (`Heads.reading`); as many times D wide as they declared places.
         call: how the last layer was called.
         embed: the base's token embedding, ids -> [..., D].
         following: offset -> the token that stands so many places later [B, T], -100 where there is none in the same
@@ -115,99 +118,7 @@ DraftStep = Callable[[int, Tensor], Tensor]
 """(offset, token drafted for offset - 1 [B]) -> hidden state of that offset [B, D]; called with offsets 2, 3, ... in turn."""
 
 
-@dataclass(frozen=True)
-class BaseParts:
-    """What heads may copy from the base, and how they draw what they do not copy.
-
-    Attributes:
-        last_layer: its last decoder layer (head 1).
-        norm: its final norm.
-        unembedding: its output matrix.
-        num_layers: L; head caches live at indices L, L + 1, ...
-        initialize: draws a module's weights as the family draws a new model's.
-        fresh: draw everything; else heads start from the base's own weights where the architecture allows it.
-    """
-
-    last_layer: nn.Module
-    norm: nn.Module
-    unembedding: nn.Linear
-    num_layers: int
-    initialize: Callable[[nn.Module], None]
-    fresh: bool
-
-    @property
-    def width(self) -> int:
-        """D."""
-        return int(self.unembedding.weight.shape[1])
-
-    @property
-    def vocabulary(self) -> int:
-        """V."""
-        return int(self.unembedding.weight.shape[0])
-
-    def linear(self, inputs: int, outputs: int, *, bias: bool = False) -> nn.Linear:
-        """A linear map, drawn as the family draws one, where and in what precision the base's unembedding is."""
-        weight = self.unembedding.weight
-        layer = nn.Linear(inputs, outputs, bias=bias, device=weight.device, dtype=weight.dtype)
-        draw(layer, self.initialize)
-        return layer
-
-    def new_unembeddings(self, count: int) -> list[nn.Linear]:
-        """Output matrices [V, D], copies of the base's, or drawn where heads are."""
-        layers = [self.linear(self.width, self.vocabulary) for _ in range(count)]
-        if not self.fresh:
-            with torch.no_grad():
-                for layer in layers:
-                    layer.weight.copy_(self.unembedding.weight)
-        return layers
-
-    def new_norm(self) -> nn.Module:
-        """A norm of the final norm's kind, with the weights of a new one."""
-        norm = copy.deepcopy(self.norm)
-        without_hooks(norm)
-        draw(norm, self.initialize)
-        return norm
-
-    def decoder_layer(self, cache_index: int) -> nn.Module:
-        """A layer of the last layer's class with its own place in a cache: a copy, or drawn where heads are."""
-        layer = copy.deepcopy(self.last_layer)
-        without_hooks(layer)
-        place_in_cache(layer, cache_index)
-        if self.fresh:
-            draw(layer, self.initialize)
-        layer.requires_grad_(True)
-        return layer
-
-
-def place_in_cache(layer: nn.Module, index: int) -> None:
-    """Let a decoder layer keep its keys and values in layer `index` of a cache."""
-    for module in layer.modules():
-        if hasattr(module, "layer_idx"):
-            module.layer_idx = index  # type: ignore[assignment]
-
-
-def without_hooks(copied: nn.Module) -> None:
-    """Take off what a deep copy took along: taps and other hooks of the module that it was made from."""
-    for module in copied.modules():
-        module._forward_pre_hooks.clear()
-        module._forward_pre_hooks_with_kwargs.clear()
-        module._forward_hooks.clear()
-        module._forward_hooks_with_kwargs.clear()
-
-
-def draw(drawn: nn.Module, initialize: Callable[[nn.Module], None]) -> None:
-    """Give a module new weights, and make them trainable."""
-    for parameter in drawn.parameters():
-        # Set by from_pretrained on loaded tensors; the family's initialiser skips tensors that have it.
-        if hasattr(parameter, "_is_hf_initialized"):
-            del parameter._is_hf_initialized
-    with torch.no_grad():
-        for module in drawn.modules():
-            initialize(module)
-    drawn.requires_grad_(True)
-
-
-class Heads(nn.Module):
+class Heads(nn.Module, ABC):
     """Heads for offsets 2..n. Iterating gives their bodies; a subclass is one architecture.
 
     Attributes:
@@ -296,14 +207,56 @@ class Heads(nn.Module):
 
     # -------------------------------------------------------------------------------------------- what they do
 
+    @abstractmethod
     def future_hidden(self, inputs: HeadInputs, *, num_heads: int) -> tuple[Tensor, ...]:
         """Hidden states [B, T, D] of offsets 2..num_heads + 1, with the tokens in between taken from the text."""
-        raise NotImplementedError
-
-    def splice(self, call: LayerCall) -> tuple[Tensor, ...]:
-        """Run inside the base, before its last layer, which then reads item 0; items are offsets 2, 3, ..."""
-        raise NotImplementedError
 
     def begin_draft(self, point: DraftPoint) -> DraftStep:
         """Start a draft; the function that is returned gives offset after offset."""
         return lambda offset, previous_B: point.at(point.future_hidden[offset - 2])
+
+
+class ParallelHeads(Heads):
+    """Heads that read the base and not each other."""
+
+    @abstractmethod
+    def head(self, inputs: HeadInputs, offset: int) -> Tensor:
+        """Hidden states [B, T, D] of one offset."""
+
+    def future_hidden(self, inputs: HeadInputs, *, num_heads: int) -> tuple[Tensor, ...]:
+        """See `Heads.future_hidden`."""
+        return tuple(self.head(inputs, offset) for offset in range(2, num_heads + 2))
+
+
+class ChainedHeads(Heads):
+    """Heads of which each reads the one before it."""
+
+    def start(self, inputs: HeadInputs) -> Tensor:
+        """What the first of them reads [B, T, D]."""
+        return inputs.hidden_BTD
+
+    @abstractmethod
+    def link(self, inputs: HeadInputs, offset: int, before_BTD: Tensor) -> Tensor:
+        """Hidden states [B, T, D] of one offset from those of the offset before it."""
+
+    def future_hidden(self, inputs: HeadInputs, *, num_heads: int) -> tuple[Tensor, ...]:
+        """See `Heads.future_hidden`."""
+        hidden_BTD, future = self.start(inputs), []
+        for offset in range(2, num_heads + 2):
+            hidden_BTD = self.link(inputs, offset, hidden_BTD)
+            future.append(hidden_BTD)
+        return tuple(future)
+
+
+class SplicedHeads(Heads):
+    """Heads that run inside the base, before its last layer."""
+
+    changes_base = True
+
+    @abstractmethod
+    def splice(self, call: LayerCall) -> tuple[Tensor, ...]:
+        """Hidden states of offsets 2, 3, ... from the last layer's call; the last layer then reads item 0."""
+
+    def future_hidden(self, inputs: HeadInputs, *, num_heads: int) -> tuple[Tensor, ...]:
+        """See `Heads.future_hidden`; they have run already."""
+        return inputs.spliced[:num_heads]

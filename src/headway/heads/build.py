@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from headway.heads.base import BaseParts, Heads
+from headway.heads.base import Heads
 from headway.heads.hydra import HydraHeads
 from headway.heads.linear import LinearHeads
 from headway.heads.markov import MarkovBias
 from headway.heads.medusa import MedusaHeads
 from headway.heads.options import HeadArchitecture, HeadOptions, Wiring, check_options
+from headway.heads.parts import BaseParts
 from headway.heads.replicated_unembedding import ReplicatedUnembeddings
 from headway.heads.sequential import SequentialHeads
-from headway.heads.transformer import AnticausalTransformerHeads, CausalTransformerHeads, TransformerHeads
+from headway.heads.transformer import (
+    AnticausalTransformerHeads,
+    CausalTransformerHeads,
+    ParallelTransformerHeads,
+    TransformerHeads,
+)
 
 _TRANSFORMERS: dict[Wiring, type[TransformerHeads]] = {
-    "parallel": TransformerHeads,
+    "parallel": ParallelTransformerHeads,
     "causal": CausalTransformerHeads,
     "anticausal": AnticausalTransformerHeads,
 }

@@ -5,7 +5,8 @@ Legend: B batch, T positions, D width, V vocabulary.
     u_k = [h_t; e(x_{t+1}); ...; e(x_{t+k-1})]                        k x D wide
     logits_k = U_k g_m(... g_2(R_k u_k + SiLU(W_k u_k + b_k))),       g_j(x) = x + SiLU(W_j x + b_j)
 
-with h the base's hidden state after its final norm and e its token embedding. W and b start at zero; R_k as [I 0 ... 0]
+with h the base's hidden state after its final norm (with `tap_back=j` what layer L - j gives, after that norm) and e its
+token embedding. W and b start at zero; R_k as [I 0 ... 0]
 and U_k as a copy of the base's unembedding, so every head begins as the next-token head. In training the tokens are the
 text's, in decoding those drafted so far.
 
@@ -20,8 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from headway.heads.base import BaseParts, DraftPoint, DraftStep, HeadInputs, Heads, Reading
+from headway.heads.base import DraftPoint, DraftStep, HeadInputs, ParallelHeads, Reading
 from headway.heads.options import HeadOptions
+from headway.heads.parts import BaseParts
 from headway.heads.silu_block import SiluBlock, zero_linear
 
 
@@ -45,12 +47,11 @@ class HydraBody(nn.Module):
         return deeper
 
 
-class HydraHeads(Heads):
+class HydraHeads(ParallelHeads):
     """One map per offset; offsets are drafted in turn."""
 
     uses_final_norm = False
     reads_tokens = True
-    reading = Reading("final_hidden")
 
     def __init__(self, parts: BaseParts, options: HeadOptions, *, num_heads: int) -> None:
         own = options.own_unembedding is not False
@@ -59,9 +60,16 @@ class HydraHeads(Heads):
             num_heads=num_heads,
             unembeddings=parts.new_unembeddings(num_heads) if own else None,
         )
+        self.reading = Reading("final_hidden", options.tap_back)
+
+    def head(self, inputs: HeadInputs, offset: int) -> Tensor:
+        """See `ParallelHeads.head`."""
+        seen = [inputs.hidden_BTD, *(inputs.embedded(ahead) for ahead in range(1, offset))]
+        hidden_BTD: Tensor = self.bodies[offset - 2](*seen)
+        return hidden_BTD
 
     def future_hidden(self, inputs: HeadInputs, *, num_heads: int) -> tuple[Tensor, ...]:
-        """See `Heads.future_hidden`."""
+        """See `Heads.future_hidden`; embeddings are looked up once for all heads."""
         seen, future = [inputs.hidden_BTD], []
         for index, body in enumerate(self.bodies[:num_heads]):
             seen.append(inputs.embedded(index + 1))

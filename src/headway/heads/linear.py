@@ -14,11 +14,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headway.heads.base import BaseParts, HeadInputs, Heads, Reading
+from headway.heads.base import HeadInputs, ParallelHeads, Reading
 from headway.heads.options import HeadOptions
+from headway.heads.parts import BaseParts
 
 
-class LinearHeads(Heads):
+class LinearHeads(ParallelHeads):
     """One map per offset."""
 
     def __init__(self, parts: BaseParts, options: HeadOptions, *, num_heads: int) -> None:
@@ -31,6 +32,7 @@ class LinearHeads(Heads):
         back = options.tap_back
         self.reading = Reading("layer_input", back - 1) if back else Reading("final_residual")
 
-    def future_hidden(self, inputs: HeadInputs, *, num_heads: int) -> tuple[Tensor, ...]:
-        """See `Heads.future_hidden`."""
-        return tuple(linear(inputs.hidden_BTD) for linear in self.bodies[:num_heads])
+    def head(self, inputs: HeadInputs, offset: int) -> Tensor:
+        """See `ParallelHeads.head`."""
+        hidden_BTD: Tensor = self.bodies[offset - 2](inputs.hidden_BTD)
+        return hidden_BTD

@@ -23,12 +23,15 @@ class HeadOptions:
         allow_base_change: let anticausal heads be put into a pretrained base, whose next-token path then runs through
             them all.
         layers_per_head: decoder layers of each transformer head.
-        tap_back: read k layers earlier: transformer heads the input of layer L-k, linear heads the output of layer L-k.
+        tap_back: read k layers earlier: transformer heads the input of layer L-k, all others the output of layer L-k (after
+            the final norm where they read the final hidden state).
         blocks_per_head: residual SiLU blocks of each medusa or hydra head.
         own_unembedding: medusa and hydra: a [V, D] matrix per offset (the default there), or the base's for all.
         share_modules: sequential: one module applied again and again (FastMTP) instead of one per depth.
         own_output_norm: sequential: each module ends with a norm of its own, which also feeds the next depth, as
             released checkpoints have it, instead of the base's final norm.
+        fuse_layers: sequential: the first depth reads a projection of three layers' residual streams, low, middle and high,
+            instead of the final hidden state (EAGLE-3).
         markov_rank: width of a bias on the logits from the previously drafted token; 0 adds none.
     """
 
@@ -40,6 +43,7 @@ class HeadOptions:
     own_unembedding: bool | None = None
     share_modules: bool = False
     own_output_norm: bool = False
+    fuse_layers: bool = False
     markov_rank: int = 0
 
 
@@ -47,10 +51,10 @@ _PARALLEL = frozenset({"markov_rank"})
 OPTIONS_OF: dict[str, frozenset[str]] = {
     "transformer": _PARALLEL | {"wiring", "allow_base_change", "layers_per_head", "tap_back"},
     "linear": _PARALLEL | {"tap_back"},
-    "replicated_unembedding": _PARALLEL,
-    "medusa": _PARALLEL | {"blocks_per_head", "own_unembedding"},
-    "hydra": frozenset({"blocks_per_head", "own_unembedding"}),
-    "sequential": frozenset({"share_modules", "own_output_norm"}),
+    "replicated_unembedding": _PARALLEL | {"tap_back"},
+    "medusa": _PARALLEL | {"tap_back", "blocks_per_head", "own_unembedding"},
+    "hydra": frozenset({"tap_back", "blocks_per_head", "own_unembedding"}),
+    "sequential": frozenset({"tap_back", "share_modules", "own_output_norm", "fuse_layers"}),
 }
 """Architecture -> options that mean something for it; a value other than the default is refused elsewhere."""
 
@@ -95,6 +99,10 @@ def check_options(heads: str, options: HeadOptions) -> None:
         raise ConfigError(
             f"tap_back={options.tap_back} needs wiring='parallel': with {options.wiring!r} heads read each other; leave "
             f"one of them out"
+        )
+    if options.tap_back and options.fuse_layers:
+        raise ConfigError(
+            f"tap_back={options.tap_back} and fuse_layers both say which layers the heads read; leave one of them out"
         )
     if options.allow_base_change and options.wiring != "anticausal":
         raise ConfigError(

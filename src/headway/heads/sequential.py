@@ -5,7 +5,9 @@ Legend: B batch, T positions, W positions of one pass, D width, L layers of the 
     h_k'(t) = M_k [norm(h_{k-1}(t)); norm(e(x_{t+k-1}))]          M_k of D x 2D, two norms
     h_k = layer_k(h_k')                                           one decoder layer of the family, offsets k = 2..n
 
-h_1 is the base's hidden state after its final norm; h_k goes through the shared final norm and unembedding. With
+h_1 is the base's hidden state after its final norm (with `tap_back=j` what layer L - j gives, after that norm); h_k goes
+through the shared final norm and unembedding. With `fuse_layers` h_1 = F [r_low; r_middle; r_high] instead, F of D x 3D, of the
+residual stream before three layers (`fused_layers`; EAGLE-3). With
 `share_modules` one module serves every depth (FastMTP). With `own_output_norm` each module ends with a norm of its own
 instead of the base's, and hands the normed state to the next depth (released checkpoints: `shared_head.norm`). The order
 of the concatenation is the paper's, hidden state first; released checkpoints have the embedding first.
@@ -15,7 +17,7 @@ depends on the tokens up to p + k - 1, so after a draft was rejected the last on
 `lookback` = K - 1 known positions before the last known token (K drafted tokens): with them every depth computes again
 exactly the entries that a wrong draft could have entered, before anything reads them.
 
-Source: DeepSeek-V3 (arXiv:2412.19437), section 2.2; FastMTP (arXiv:2509.18362).
+Source: DeepSeek-V3 (arXiv:2412.19437), section 2.2; FastMTP (arXiv:2509.18362); EAGLE-3 (arXiv:2503.01840), section 3.
 """
 
 from __future__ import annotations
@@ -23,17 +25,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from headway.heads.base import (
-    BaseParts,
-    DraftPoint,
-    DraftStep,
-    HeadInputs,
-    Heads,
-    LayerCall,
-    Reading,
-    place_in_cache,
-)
+from headway.heads.base import ChainedHeads, DraftPoint, DraftStep, HeadInputs, LayerCall, Reading
 from headway.heads.options import HeadOptions
+from headway.heads.parts import BaseParts, place_in_cache
 
 
 class SequentialModule(nn.Module):
@@ -56,11 +50,10 @@ class SequentialModule(nn.Module):
         return hidden_BTD
 
 
-class SequentialHeads(Heads):
+class SequentialHeads(ChainedHeads):
     """A chain of modules; offsets are drafted in turn."""
 
     reads_tokens = True
-    reading = Reading("final_hidden")
 
     def __init__(self, parts: BaseParts, options: HeadOptions, *, num_heads: int) -> None:
         count = min(num_heads, 1) if options.share_modules else num_heads
@@ -72,6 +65,12 @@ class SequentialHeads(Heads):
             num_heads=num_heads,
         )
         self.uses_final_norm = not options.own_output_norm
+        self.reading = Reading("final_hidden", options.tap_back)
+        # Beside the bodies, not inside the first: it runs outside their forward.
+        self.fusion: nn.Linear | None = None
+        if options.fuse_layers:
+            self.reading = Reading("layer_inputs", layers=fused_layers(parts.num_layers))
+            self.fusion = parts.linear(3 * parts.width, parts.width)
         self._first_cache_index = parts.num_layers
 
     @property
@@ -87,13 +86,16 @@ class SequentialHeads(Heads):
         """See the module's docstring."""
         return max(0, num_heads - 1)
 
-    def future_hidden(self, inputs: HeadInputs, *, num_heads: int) -> tuple[Tensor, ...]:
-        """See `Heads.future_hidden`."""
-        hidden_BTD, future = inputs.hidden_BTD, []
-        for depth in range(1, num_heads + 1):
-            hidden_BTD = self._deepen(depth, inputs.call, hidden_BTD, inputs.embedded(depth))
-            future.append(hidden_BTD)
-        return tuple(future)
+    def start(self, inputs: HeadInputs) -> Tensor:
+        """See `ChainedHeads.start`."""
+        if self.fusion is None:
+            return inputs.hidden_BTD
+        fused_BTD: Tensor = self.fusion(inputs.hidden_BTD)
+        return fused_BTD
+
+    def link(self, inputs: HeadInputs, offset: int, before_BTD: Tensor) -> Tensor:
+        """See `ChainedHeads.link`."""
+        return self._deepen(offset - 1, inputs.call, before_BTD, inputs.embedded(offset - 1))
 
     def begin_draft(self, point: DraftPoint) -> DraftStep:
         """See `Heads.begin_draft`: every depth runs over all positions of the pass, the repeated ones included."""
@@ -101,7 +103,7 @@ class SequentialHeads(Heads):
         width = point.tokens_BW.shape[1]
         room = point.tokens_BW.new_zeros(point.tokens_BW.shape[0], self.num_heads)
         text_BX = torch.cat((point.tokens_BW, room), dim=1)
-        hidden_BWD = point.inputs.hidden_BTD
+        hidden_BWD = self.start(point.inputs)
 
         def step(offset: int, previous_B: Tensor) -> Tensor:
             nonlocal hidden_BWD
@@ -119,3 +121,15 @@ class SequentialHeads(Heads):
         place_in_cache(module, self._first_cache_index + depth - 1)
         deeper_BTD: Tensor = module(call, hidden_BTD, embedded_BTD)
         return deeper_BTD
+
+
+def fused_layers(num_layers: int) -> tuple[int, int, int]:
+    """The layers, counted from 0, before which a fused state reads: low, middle, high.
+
+    From 8 layers on they are those of EAGLE-3's code: 2, L / 2 and L - 3; below, they keep apart.
+
+    >>> fused_layers(32), fused_layers(4), fused_layers(3)
+    ((2, 16, 29), (1, 2, 3), (0, 1, 2))
+    """
+    middle = num_layers // 2
+    return min(2, num_layers // 4), middle, max(num_layers - 3, middle + 1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from headway.heads.base import BaseParts
+from headway.heads.parts import BaseParts
 
 
 def zero_linear(parts: BaseParts, inputs: int, outputs: int) -> nn.Linear:

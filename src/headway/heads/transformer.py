@@ -16,12 +16,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from headway.heads.base import BaseParts, HeadInputs, Heads, LayerCall, Reading
+from headway.heads.base import ChainedHeads, HeadInputs, Heads, LayerCall, ParallelHeads, Reading, SplicedHeads
 from headway.heads.options import HeadOptions
+from headway.heads.parts import BaseParts
 
 
 class TransformerHeads(Heads):
-    """Parallel heads: each reads the trunk."""
+    """Bodies of decoder layers, whatever they read."""
 
     def __init__(self, parts: BaseParts, options: HeadOptions, *, num_heads: int) -> None:
         count = options.layers_per_head
@@ -47,47 +48,41 @@ class TransformerHeads(Heads):
         """One per layer."""
         return num_heads * self.layers_per_head
 
-    def future_hidden(self, inputs: HeadInputs, *, num_heads: int) -> tuple[Tensor, ...]:
-        """See `Heads.future_hidden`."""
-        return tuple(run_head(inputs.call, body, inputs.hidden_BTD) for body in self.bodies[:num_heads])
+
+class ParallelTransformerHeads(TransformerHeads, ParallelHeads):
+    """Each head reads the trunk."""
+
+    def head(self, inputs: HeadInputs, offset: int) -> Tensor:
+        """See `ParallelHeads.head`."""
+        return run_head(inputs.call, self.bodies[offset - 2], inputs.hidden_BTD)
 
 
-class CausalTransformerHeads(TransformerHeads):
+class CausalTransformerHeads(TransformerHeads, ChainedHeads):
     """Each head reads the one before it, the first the base's last layer."""
 
     def __init__(self, parts: BaseParts, options: HeadOptions, *, num_heads: int) -> None:
         super().__init__(parts, options, num_heads=num_heads)
         self.reading = Reading("final_residual")
 
-    def future_hidden(self, inputs: HeadInputs, *, num_heads: int) -> tuple[Tensor, ...]:
-        """See `Heads.future_hidden`."""
-        hidden_BTD, future = inputs.hidden_BTD, []
-        for body in self.bodies[:num_heads]:
-            hidden_BTD = run_head(inputs.call, body, hidden_BTD)
-            future.append(hidden_BTD)
-        return tuple(future)
+    def link(self, inputs: HeadInputs, offset: int, before_BTD: Tensor) -> Tensor:
+        """See `ChainedHeads.link`."""
+        return run_head(inputs.call, self.bodies[offset - 2], before_BTD)
 
 
-class AnticausalTransformerHeads(TransformerHeads):
+class AnticausalTransformerHeads(TransformerHeads, SplicedHeads):
     """Each head reads the one after it; they run inside the base, between its trunk and its last layer."""
-
-    changes_base = True
 
     def cache_layers(self, num_heads: int) -> int:
         """Of all heads, however few offsets are drafted: the next token needs them."""
         return self.num_heads * self.layers_per_head
 
     def splice(self, call: LayerCall) -> tuple[Tensor, ...]:
-        """See `Heads.splice`."""
+        """See `SplicedHeads.splice`."""
         hidden_BTD, future = call.hidden_BTD, []
         for body in reversed(self.bodies):
             hidden_BTD = run_head(call, body, hidden_BTD)
             future.append(hidden_BTD)
         return tuple(reversed(future))
-
-    def future_hidden(self, inputs: HeadInputs, *, num_heads: int) -> tuple[Tensor, ...]:
-        """See `Heads.future_hidden`; they have run already."""
-        return inputs.spliced[:num_heads]
 
 
 def run_head(call: LayerCall, body: nn.Module, hidden_BTD: Tensor) -> Tensor:

@@ -60,6 +60,7 @@ class MultiTokenConfig:
     own_unembedding: bool | None = None
     share_modules: bool = False
     own_output_norm: bool = False
+    fuse_layers: bool = False
     markov_rank: int = 0
 
     def __post_init__(self) -> None:

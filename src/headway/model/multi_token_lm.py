@@ -22,8 +22,9 @@ from transformers.cache_utils import DynamicCache
 
 from headway.errors import ConfigError
 from headway.functional.targets import IGNORE_INDEX, shift_targets
-from headway.heads.base import BaseParts, HeadInputs
+from headway.heads.base import HeadInputs, SplicedHeads
 from headway.heads.build import build_heads
+from headway.heads.parts import BaseParts
 from headway.losses.chunked import MultiTokenLoss
 from headway.model.checkpoint import load_model, save_heads, save_model
 from headway.model.config import MultiTokenConfig
@@ -408,7 +409,7 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
                 attention_mask_BT=padding_mask,
             )
 
-        with self._tap.armed(splice=heads.splice if heads.changes_base and heads.num_heads else None) as tap:
+        with self._tap.armed(splice=heads.splice if isinstance(heads, SplicedHeads) and heads.num_heads else None) as tap:
             decoder_output = self.family.decoder(**arguments, **kwargs)
             inputs = HeadInputs(
                 hidden_BTD=tap.reading(decoder_output[0]),
@@ -546,3 +547,5 @@ def _check_attachable(mtp_config: MultiTokenConfig, *, num_layers: int) -> None:
             f"tap_back={mtp_config.tap_back} reads before the first of the base's {num_layers} layers; pass at most "
             f"{num_layers - 1}"
         )
+    if mtp_config.fuse_layers and num_layers < 3:
+        raise ConfigError(f"fuse_layers reads three layers of the base: got a base of {num_layers}; leave it out")

@@ -86,7 +86,7 @@ class TrainConfig:
     layers_per_head: int = option(
         1, "Transformer heads: decoder layers of each.", group=MODEL, at_least=1, on_resume="refuse")
     tap_back: int = option(
-        0, "Transformer and linear heads: read so many layers before the usual place.",
+        0, "Read so many layers before the heads' usual place (not with wiring causal or anticausal).",
         unit="layers", group=MODEL, at_least=0, on_resume="refuse")
     blocks_per_head: int = option(
         1, "Medusa and hydra heads: residual blocks of each.", group=MODEL, at_least=1, on_resume="refuse")
@@ -97,6 +97,9 @@ class TrainConfig:
         False, "Sequential heads: one module for all depths.", group=MODEL, on_resume="refuse")
     own_output_norm: bool = option(
         False, "Sequential heads: an output norm for each module instead of the final norm.",
+        group=MODEL, on_resume="refuse")
+    fuse_layers: bool = option(
+        False, "Sequential heads: read three layers (low, middle, high) instead of the final hidden state.",
         group=MODEL, on_resume="refuse")
     markov_rank: int = option(
         0, "Parallel heads: rank of a bias on the logits from the previous token; 0 adds none, 256 is usual.",
@@ -190,6 +193,10 @@ class TrainConfig:
     compile: Literal["auto", "on", "off"] = option(
         "off", "Compile the layers' forward; auto: where a C++ compiler is present (announced).",
         group=COMPUTE)
+    mfu_peak: str = option(
+        "auto", "What the speed is a share of (MFU): auto takes the GPU's data sheet and nothing on a CPU, measure times "
+        "matrix products for a quarter of a second at the start, a number is the peak of one device.",
+        unit="TFLOP/s", group=COMPUTE, on_resume="free")
     gradient_checkpointing: bool = option(
         False, "Recompute layers in the backward pass: less memory, more time.", group=COMPUTE)
     seed: int = option(
@@ -216,6 +223,10 @@ class TrainConfig:
         "nats", "Figure of the evaluations by which the best checkpoint is written and kept too, such as accuracy:2 "
         "(offset 2) or walk_acceptance_length; none: only the newest are kept.", group=OUTPUT, on_resume="free")
     tensorboard: bool = option(True, "Write TensorBoard events too.", group=OUTPUT, on_resume="free")
+    track: Literal["wandb", "trackio"] | None = option(
+        None, "Send the metrics to Weights & Biases or trackio too (pip install wandb, or trackio).",
+        group=OUTPUT, on_resume="free")
+    track_project: str = option("headway", "Project of the tracked run.", group=OUTPUT, on_resume="free")
     eval_every_steps: int | None = option(
         250, "Steps between evaluations on held-out text, one more at the end; none: never.",
         unit="steps", group=OUTPUT, at_least=1, on_resume="free")
