@@ -57,11 +57,15 @@ def main(arguments: list[str]) -> int:
 
 
 def cli_page() -> str:
-    """The text of docs/cli.md: the help of `headway` and of each of its commands."""
+    """The text of docs/cli.md: the help of `headway`, of each of its commands, and of theirs."""
     sections = [("headway", headway_group.get_help(_context(headway_group)))]
     for name in COMMANDS:
         command = _command(name)
-        sections.append((f"headway {name}", command.get_help(_context(command))))
+        context = _context(command)
+        sections.append((f"headway {name}", command.get_help(context)))
+        for inner_name, inner in _inner_commands(command).items():
+            inner_context = _context(inner, parent=context)
+            sections.append((f"headway {name} {inner_name}", inner.get_help(inner_context)))
     return CLI_PREFACE + "".join(f"\n## {title}\n\n```text\n{text}\n```\n" for title, text in sections)
 
 
@@ -159,6 +163,11 @@ def _headway_faults(arguments: list[str]) -> Iterator[str]:
                 yield f"no such command: headway {word}"
                 return
             command = _command(word)
+        elif isinstance(command, click.Group) and command is not headway_group and not word.startswith("-"):
+            if word not in command.commands:
+                yield f"no such command: headway {command.name} {word}"
+                return
+            command = command.commands[word]
         elif re.match(r"--?[a-zA-Z]", word):
             flag = word.partition("=")[0]
             if flag != "--debug" and flag not in _flags(command):
@@ -181,13 +190,17 @@ def _make_faults(arguments: list[str], root: Path) -> Iterator[str]:
             yield f"no such target: make {word}"
 
 
-def _context(command: click.Command) -> click.Context:
+def _inner_commands(command: click.Command) -> dict[str, click.Command]:
+    return dict(command.commands) if isinstance(command, click.Group) else {}
+
+
+def _context(command: click.Command, *, parent: click.Context | None = None) -> click.Context:
     # Commands take the names of their help option from the group, and keep the first that they were asked for.
     settings = headway_group.context_settings
     group = click.Context(headway_group, info_name="headway", terminal_width=HELP_WIDTH, **settings)
     if command is headway_group:
         return group
-    return click.Context(command, info_name=command.name, parent=group, terminal_width=HELP_WIDTH)
+    return click.Context(command, info_name=command.name, parent=parent or group, terminal_width=HELP_WIDTH)
 
 
 def _command(name: str) -> click.Command:

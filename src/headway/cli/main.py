@@ -54,6 +54,9 @@ COMMANDS = {
         "convert_command",
         "Convert a model between headway, plain Hugging Face and other layouts.",
     ),
+    "experiments": CommandEntry(
+        "headway.cli.experiments", "experiments_group", "Train several models under equal conditions and compare them."
+    ),
 }
 
 
