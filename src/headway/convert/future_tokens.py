@@ -16,8 +16,8 @@ from torch import Tensor
 from headway.convert.architecture import PLAIN, Architecture, architecture, empty_model
 from headway.convert.lazy_model import LazyModel, LazyTensor
 from headway.errors import ConfigError
-from headway.heads.base import draw
 from headway.heads.options import HeadInit
+from headway.heads.parts import draw
 from headway.model.config import MultiTokenConfig
 
 
