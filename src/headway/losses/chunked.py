@@ -10,16 +10,19 @@ such a function loses gradients.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from headway.errors import DataError
+from headway.errors import ConfigError, DataError
 from headway.functional.logits import SoftCap
 from headway.functional.targets import IGNORE_INDEX, shift_targets
+from headway.losses.distillation import ChunkValues, Teacher, distilled_chunk
+from headway.losses.logit_chunk import LogitChunk
+from headway.losses.objective import TrainingObjective
 
 
 @dataclass(frozen=True)
@@ -28,16 +31,34 @@ class MultiTokenLoss:
 
     Attributes:
         total: scalar with a graph: sum over offsets of weight x summed nats / count.
-        per_offset_N: detached mean nats over each offset's targets, [N]; NaN-free: 0 where an offset has no target.
+        per_offset_N: detached mean nats over each offset's targets, [N]: the cross-entropy, whatever the objective. 0 where
+            an offset has no target, NaN where its weight is 0, for then it is not computed.
         num_targets_N: valid targets of this call, int64 [N].
         num_correct_N: of them, those that no other token outscores, int64 [N]: divided by the targets, the accuracy. A tie
-            counts as correct. None where the loss has no targets that are tokens.
+            counts as correct. 0 where the weight is 0. None where the loss has no targets that are tokens.
+        objective_per_offset_N: like per_offset_N, the trained value; another one only where an offset is distilled.
     """
 
     total: Tensor
     per_offset_N: Tensor
     num_targets_N: Tensor
     num_correct_N: Tensor | None = None
+    objective_per_offset_N: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Which offsets learn from whom.
+
+    Attributes:
+        objective: divergence, share of the cross-entropy, temperature.
+        teacher: of the next token; offset k learns from its distribution k - 1 positions later.
+        first_offset: 2, or 1 where the next token is distilled as well.
+    """
+
+    objective: TrainingObjective
+    teacher: Teacher
+    first_offset: int = 2
 
 
 @dataclass(frozen=True)
@@ -58,7 +79,7 @@ Unembeddings = Tensor | Sequence[Tensor]
 
 
 def chunked_loss(
-    hidden_per_offset: Sequence[Tensor],
+    hidden_per_offset: Sequence[Tensor | None],
     weight_VD: Unembeddings,
     labels_BT: Tensor,
     *,
@@ -70,6 +91,7 @@ def chunked_loss(
     soft_cap: SoftCap | None = None,
     chunk_tokens: int = 1024,
     biases: Sequence[LowRankBias | None] | None = None,
+    distillation: Distillation | None = None,
 ) -> MultiTokenLoss:
     """Multi-token cross-entropy, flat in memory.
 
@@ -79,10 +101,11 @@ def chunked_loss(
     `nn.Linear` would.
 
     Args:
-        hidden_per_offset: N tensors [B, T, D] after the final norm; item k-1 predicts the token k ahead.
+        hidden_per_offset: N tensors [B, T, D] after the final norm; item k-1 predicts the token k ahead. None where the
+            offset's weight is 0. One tensor that stands several times, with one unembedding, is multiplied once.
         weight_VD: the unembedding shared by all offsets, or one per offset.
         labels_BT: unshifted token ids; -100 is ignored.
-        offset_weights: N factors; all 1 (the paper) when None.
+        offset_weights: N factors; all 1 (the paper) when None. Offsets with 0 are not computed.
         position_ids_BT: see `headway.functional.targets.shift_targets`.
         document_ids_BT: see `headway.functional.targets.shift_targets`.
         attention_mask_BT: see `headway.functional.targets.shift_targets`.
@@ -90,6 +113,7 @@ def chunked_loss(
         soft_cap: the family's logit soft-capping.
         chunk_tokens: rows of logits that are alive at once.
         biases: N summands of the logits before soft-capping, or None where an offset has none.
+        distillation: a teacher for some of the offsets; None trains all with cross-entropy.
 
     Returns:
         `MultiTokenLoss`.
@@ -97,6 +121,7 @@ def chunked_loss(
     Raises:
         DataError: a label that is neither -100 nor a token of the vocabulary (checked on CPU, where it costs nothing), or
             counts of another length than N.
+        ConfigError: all offset weights are 0.
 
     Source: Gloeckle et al. 2024 (arXiv:2404.19737), section 2, "Memory-efficient implementation": the same bound O(V + D)
     by chunks of the unembedding instead of head by head.
@@ -130,11 +155,12 @@ def chunked_loss(
         soft_cap=soft_cap,
         chunk_tokens=chunk_tokens,
         biases=biases,
+        distillation=distillation,
     )
 
 
 def loss_of_targets(
-    hidden_per_offset: Sequence[Tensor],
+    hidden_per_offset: Sequence[Tensor | None],
     weight_VD: Unembeddings,
     targets_NM: Tensor,
     *,
@@ -143,6 +169,7 @@ def loss_of_targets(
     soft_cap: SoftCap | None = None,
     chunk_tokens: int = 1024,
     biases: Sequence[LowRankBias | None] | None = None,
+    distillation: Distillation | None = None,
 ) -> MultiTokenLoss:
     """`chunked_loss` for targets that are already shifted: row i of `targets_NM` belongs to hidden states i.
 
@@ -155,14 +182,27 @@ def loss_of_targets(
         soft_cap: the family's logit soft-capping.
         chunk_tokens: rows of logits that are alive at once.
         biases: N summands of the logits before soft-capping, or None where an offset has none.
+        distillation: a teacher for some of the offsets.
+
+    Raises:
+        ConfigError: all offset weights are 0.
     """
     num_targets_N = (targets_NM != IGNORE_INDEX).sum(dim=1)
     weights: list[Tensor] = []
     hidden: list[Tensor] = []
-    summands: list[_Summands] = []
+    groups: list[_Logits] = []
     for index, weight in enumerate(_per_offset(weight_VD, len(hidden_per_offset))):
-        pairs = [(hidden_per_offset[index], weight)]
+        states_BTD = hidden_per_offset[index]
+        if offset_weights[index] == 0 or states_BTD is None:
+            assert offset_weights[index] == 0, "an offset with a weight has hidden states"
+            continue
+        distilled = distillation is not None and index + 1 >= distillation.first_offset
         bias = None if biases is None else biases[index]
+        same = None if bias is not None or distilled else _same_logits(groups, hidden, weights, states_BTD, weight)
+        if same is not None:
+            groups[same] = replace(groups[same], offsets=(*groups[same].offsets, index))
+            continue
+        pairs = [(states_BTD, weight)]
         if bias is not None:
             pairs.append((bias.hidden_BTR, bias.weight_VR))
         places = []
@@ -172,22 +212,52 @@ def loss_of_targets(
                 weights.append(factor)
             places.append((len(hidden), known))
             hidden.append(states)
-        summands.append(tuple(places))
+        groups.append(_Logits(tuple(places), (index,), distilled))
+    if not groups:
+        raise ConfigError(
+            f"all offset weights are 0, so there is nothing to train: got {list(offset_weights)}; give one offset a weight"
+        )
     hidden, weights = _as_linear_would(hidden, weights)
+    if distillation is not None:
+        teacher = distillation.teacher
+        (states_BTD,), (weight,) = _as_linear_would([teacher.hidden_BTD.detach()], [teacher.weight_VD.detach()])
+        distillation = replace(distillation, teacher=Teacher(states_BTD, weight, teacher.soft_cap))
     sum_dtype = torch.float64 if hidden[0].dtype == torch.float64 else torch.float32
     divisors_N = (num_targets_N if counts_N is None else counts_N.to(num_targets_N.device)).clamp(min=1)
     factors_N = torch.tensor(list(offset_weights), dtype=sum_dtype, device=targets_NM.device) / divisors_N.to(sum_dtype)
-    total, sums_N, correct_N = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+    total, values_N, nats_N, correct_N = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
         targets_NM,
         factors_N,
         soft_cap or SoftCap(),
         chunk_tokens,
-        tuple(summands),
+        tuple(groups),
+        distillation,
         *weights,
         *(h.flatten(0, 1) for h in hidden),
     )
-    means_N = sums_N.detach() / num_targets_N.clamp(min=1).to(sum_dtype)
-    return MultiTokenLoss(total=total, per_offset_N=means_N, num_targets_N=num_targets_N, num_correct_N=correct_N)
+    skipped_N = factors_N == 0
+    means = [
+        (sums_N / num_targets_N.clamp(min=1).to(sum_dtype)).masked_fill_(skipped_N, torch.nan)
+        for sums_N in (nats_N, values_N)
+    ]
+    return MultiTokenLoss(
+        total=total,
+        per_offset_N=means[0],
+        num_targets_N=num_targets_N,
+        num_correct_N=correct_N,
+        objective_per_offset_N=means[1],
+    )
+
+
+def _same_logits(
+    groups: Sequence[_Logits], hidden: Sequence[Tensor], weights: Sequence[Tensor], states_BTD: Tensor, weight: Tensor
+) -> int | None:
+    """Where the same hidden states are multiplied by the same matrix already, with cross-entropy and no bias."""
+    for place, group in enumerate(groups):
+        (first, *more) = group.pairs
+        if not more and not group.distilled and hidden[first[0]] is states_BTD and weights[first[1]] is weight:
+            return place
+    return None
 
 
 def _check_labels(labels_BT: Tensor, *, vocabulary_size: int) -> None:
@@ -214,14 +284,26 @@ def _as_linear_would(hidden: Sequence[Tensor], weights: Sequence[Tensor]) -> tup
     return [states.to(dtype) for states in hidden], [weight.to(dtype) for weight in weights]
 
 
-_Summands = tuple[tuple[int, int], ...]
-"""One offset's logits: the sum of hidden[i] @ weights[j].T over these pairs (i, j)."""
+@dataclass(frozen=True)
+class _Logits:
+    """One set of logits and the offsets that it is scored against, usually one.
 
-_FIXED = 5  # arguments of the function below before its tensors
+    Attributes:
+        pairs: the logits are the sum of hidden[i] @ weights[j].T over these pairs (i, j).
+        offsets: index 0 is offset 1.
+        distilled: whether the offset (a single one then) is trained towards the teacher.
+    """
+
+    pairs: tuple[tuple[int, int], ...]
+    offsets: tuple[int, ...]
+    distilled: bool
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum over offsets of factor x summed cross-entropy; gradients are computed in forward, chunk by chunk.
+_FIXED = 6  # arguments of the function below before its tensors
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Sum over offsets of factor x summed loss; gradients are computed in forward, chunk by chunk.
 
     One function for all offsets keeps a single gradient buffer per unembedding alive, whatever N is.
     """
@@ -233,13 +315,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         factors_N: Tensor,
         soft_cap: SoftCap,
         chunk_tokens: int,
-        summands: tuple[_Summands, ...],
+        groups: tuple[_Logits, ...],
+        distillation: Distillation | None,
         *tensors: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        num_weights = 1 + max(weight for pairs in summands for _, weight in pairs)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        num_weights = 1 + max(weight for group in groups for _, weight in group.pairs)
         weights, hidden = tensors[:num_weights], tensors[num_weights:]
         needs = ctx.needs_input_grad[_FIXED:]
-        sums_N = torch.zeros_like(factors_N)
+        values_N, nats_N = torch.zeros_like(factors_N), torch.zeros_like(factors_N)
         correct_N = torch.zeros_like(factors_N, dtype=torch.long)
         grad_weights = [
             torch.zeros_like(weight, dtype=factors_N.dtype) if needed else None
@@ -247,28 +330,68 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ]
         needs_hidden = any(needs[num_weights:])
         grad_hidden: list[Tensor | None] = [torch.empty_like(h) if needs_hidden else None for h in hidden]
-        for index, pairs in enumerate(summands):
-            for start in range(0, targets_NM.shape[1], chunk_tokens):
+
+        def arguments(group: _Logits, rows: slice) -> dict[str, Any]:
+            return {
+                "hidden": [hidden[i][rows] for i, _ in group.pairs],
+                "weights": [weights[j] for _, j in group.pairs],
+                "soft_cap": soft_cap,
+                "grad_hidden": [None if (grad := grad_hidden[i]) is None else grad[rows] for i, _ in group.pairs],
+                "grad_weights": [grad_weights[j] for _, j in group.pairs],
+                "factor": factors_N[group.offsets[0]],
+            }
+
+        num_rows = targets_NM.shape[1]
+        for group in groups:
+            if group.distilled:
+                continue
+            factors_K = torch.stack([factors_N[offset] for offset in group.offsets])
+            targets_MK = torch.stack([targets_NM[offset] for offset in group.offsets], dim=1)
+            for start in range(0, num_rows, chunk_tokens):
                 rows = slice(start, start + chunk_tokens)
-                nats, correct = _chunk(
-                    targets_NM[index, rows],
-                    [hidden[i][rows] for i, _ in pairs],
-                    [weights[j] for _, j in pairs],
-                    soft_cap=soft_cap,
-                    grad_hidden=[None if (grad := grad_hidden[i]) is None else grad[rows] for i, _ in pairs],
-                    grad_weights=[grad_weights[j] for _, j in pairs],
-                    factor=factors_N[index],
+                nats_K, correct_K = _chunk(
+                    targets_MK[rows], shares_K=factors_K / factors_K[0], **arguments(group, rows)
                 )
-                sums_N[index] += nats
-                correct_N[index] += correct
+                for place, offset in enumerate(group.offsets):
+                    nats_N[offset] += nats_K[place]
+                    correct_N[offset] += correct_K[place]
+            for offset in group.offsets:
+                values_N[offset] = nats_N[offset]
+        if distillation is not None:
+            distilled = [group for group in groups if group.distilled]
+            for group in distilled:
+                # The last positions have no teacher that far ahead, and no target either.
+                for i, _ in group.pairs:
+                    if (grad := grad_hidden[i]) is not None:
+                        grad[max(0, num_rows - group.offsets[0]) :].zero_()
+            for start in range(0, num_rows, chunk_tokens):
+                stop = min(start + chunk_tokens, num_rows)
+                teacher_log_CV = distillation.teacher.log_probabilities(
+                    slice(start, stop), temperature=distillation.objective.temperature, dtype=factors_N.dtype
+                )
+                for group in distilled:
+                    # Position t of offset k learns from the teacher's next-token distribution at t + k - 1.
+                    ahead = group.offsets[0]
+                    rows = slice(max(0, start - ahead), max(0, stop - ahead))
+                    if rows.start == rows.stop:
+                        continue
+                    values = _distilled(
+                        targets_NM[ahead, rows],
+                        teacher_log_CV[rows.start + ahead - start :],
+                        distillation.objective,
+                        **arguments(group, rows),
+                    )
+                    values_N[ahead] += values.value
+                    nats_N[ahead] += values.nats
+                    correct_N[ahead] += values.correct
         ctx.save_for_backward(factors_N, *(grad for grad in grad_hidden if grad is not None))
         ctx.grad_weights = [
             None if grad is None else grad.to(weight.dtype) for grad, weight in zip(grad_weights, weights, strict=True)
         ]
-        ctx.offset_of = [index for index, pairs in enumerate(summands) for _ in pairs]
-        ctx.mark_non_differentiable(sums_N, correct_N)
+        ctx.offset_of = [group.offsets[0] for group in groups for _ in group.pairs]
+        ctx.mark_non_differentiable(values_N, nats_N, correct_N)
         ctx.set_materialize_grads(False)
-        return (sums_N * factors_N).sum(), sums_N, correct_N
+        return (values_N * factors_N).sum(), values_N, nats_N, correct_N
 
     @staticmethod
     @once_differentiable
@@ -286,59 +409,71 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _chunk(
-    targets_C: Tensor,
+    targets_CK: Tensor,
+    *,
     hidden: Sequence[Tensor],
     weights: Sequence[Tensor],
-    *,
     soft_cap: SoftCap,
     grad_hidden: Sequence[Tensor | None],
     grad_weights: Sequence[Tensor | None],
     factor: Tensor,
+    shares_K: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Summed negative log-likelihood and correct targets of one chunk; fills grad_hidden, adds factor x gradient to grad_weights.
+    """Summed negative log-likelihood and correct targets [K] of one chunk; fills grad_hidden, adds to grad_weights.
 
-    Works in place on one [C, V] buffer. Ignored rows are zeroed, not multiplied by zero, so that a NaN in padding stays
-    there.
+    Works in place on one [C, V] buffer. K targets share the logits; the gradient is that of the sum over them, weighted
+    with `shares_K`.
     """
-    valid_C1 = (targets_C != IGNORE_INDEX)[:, None]
-    hidden = [states_CD.masked_fill(~valid_C1, 0) for states_CD in hidden]
-    labels_C1 = targets_C.clamp(min=0)[:, None]
-    buffer_CV = hidden[0] @ weights[0].T
-    for states_CR, weight_VR in zip(hidden[1:], weights[1:], strict=True):
-        buffer_CV.addmm_(states_CR, weight_VR.T)
-    if buffer_CV.dtype not in (torch.float32, torch.float64):
-        buffer_CV = buffer_CV.float()
+    valid_CK = targets_CK != IGNORE_INDEX
+    labels_CK = targets_CK.clamp(min=0)
     wants_gradients = any(grad is not None for grad in (*grad_hidden, *grad_weights))
-    cap_slope_CV = None
-    if soft_cap.cap is not None:
-        buffer_CV = soft_cap(buffer_CV)
-        if wants_gradients:
-            cap_slope_CV = 1 - (buffer_CV / soft_cap.cap).square_()
+    chunk = LogitChunk.of(
+        hidden,
+        weights,
+        valid_C1=valid_CK.any(dim=1, keepdim=True),
+        soft_cap=soft_cap,
+        wants_gradients=wants_gradients,
+    )
+    buffer_CV = chunk.logits_CV
     buffer_CV.sub_(buffer_CV.amax(dim=1, keepdim=True))
-    label_logits_C1 = buffer_CV.gather(1, labels_C1)
+    label_logits_CK = buffer_CV.gather(1, labels_CK)
     # The largest logit has just become 0, so the argmax costs no pass over the vocabulary.
-    correct = ((label_logits_C1 == 0) & valid_C1).sum()
+    correct_K = ((label_logits_CK == 0) & valid_CK).sum(dim=0)
     buffer_CV.exp_()
     sum_exp_C1 = buffer_CV.sum(dim=1, keepdim=True)
-    nll_C1 = (sum_exp_C1.log() - label_logits_C1).masked_fill_(~valid_C1, 0)
+    nats_K = (sum_exp_C1.log() - label_logits_CK).masked_fill_(~valid_CK, 0).sum(dim=0)
     if not wants_gradients:
-        return nll_C1.sum(), correct
-    buffer_CV.div_(sum_exp_C1)
-    buffer_CV.scatter_add_(1, labels_C1, torch.full_like(nll_C1, -1.0))
-    if cap_slope_CV is not None:
-        buffer_CV.mul_(cap_slope_CV)
-    buffer_CV.masked_fill_(~valid_C1, 0)
-    grad_logits_CV = buffer_CV.to(weights[0].dtype)
-    for states_CD, weight_VD, grad_CD, grad_VD in zip(hidden, weights, grad_hidden, grad_weights, strict=True):
-        if grad_CD is not None:
-            torch.mm(grad_logits_CV, weight_VD, out=grad_CD)
-        if grad_VD is not None:
-            _add_weight_gradient(grad_VD, grad_logits_CV, states_CD, factor)
-    return nll_C1.sum(), correct
+        return nats_K, correct_K
+    coefficients_CK = valid_CK * shares_K
+    # Rows without a target were zeroed in the product: their probabilities are finite, and 0 from here on.
+    buffer_CV.mul_(coefficients_CK.sum(dim=1, keepdim=True) / sum_exp_C1)
+    buffer_CV.scatter_add_(1, labels_CK, -coefficients_CK)
+    chunk.backward(buffer_CV, grad_hidden=grad_hidden, grad_weights=grad_weights, factor=factor)
+    return nats_K, correct_K
 
 
-def _add_weight_gradient(grad_VD: Tensor, grad_logits_CV: Tensor, hidden_CD: Tensor, factor: Tensor) -> None:
-    if grad_logits_CV.dtype == grad_VD.dtype:
-        grad_VD.addmm_(grad_logits_CV.T, hidden_CD * factor)
-    else:
-        grad_VD.add_((grad_logits_CV.T @ hidden_CD).to(grad_VD.dtype) * factor)
+def _distilled(
+    targets_C: Tensor,
+    teacher_log_CV: Tensor,
+    objective: TrainingObjective,
+    *,
+    hidden: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    soft_cap: SoftCap,
+    grad_hidden: Sequence[Tensor | None],
+    grad_weights: Sequence[Tensor | None],
+    factor: Tensor,
+) -> ChunkValues:
+    wants_gradients = any(grad is not None for grad in (*grad_hidden, *grad_weights))
+    valid_C1 = (targets_C != IGNORE_INDEX)[:, None]
+    chunk = LogitChunk.of(hidden, weights, valid_C1=valid_C1, soft_cap=soft_cap, wants_gradients=wants_gradients)
+    return distilled_chunk(
+        targets_C,
+        chunk,
+        teacher_log_CV[: targets_C.shape[0]],
+        objective=objective,
+        grad_hidden=grad_hidden,
+        grad_weights=grad_weights,
+        factor=factor,
+        wants_gradients=wants_gradients,
+    )
