@@ -11,6 +11,7 @@ from headway.errors import ConfigError
 from headway.experiments.heads.variants import HeadVariant, chosen_variants
 from headway.training.config import TrainConfig
 from headway.training.config_file import resolve_config
+from headway.training.fields import field_specs
 
 RECIPE = "demo-bytes"
 """Optimizer settings of the runs."""
@@ -18,6 +19,19 @@ RECIPE = "demo-bytes"
 DEFAULT_OUTPUT = Path("out/heads")
 DEFAULT_SMOKE_OUTPUT = Path("out/heads-smoke")
 TOKENS, RUNS = "tokens", "runs"
+
+_NO_DEFAULT = object()
+_SHOWN = (
+    "data",
+    "steps",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "sequence_length",
+    "hidden_size",
+    "num_layers",
+    "shorten_trunk",
+)
+"""Fields that the report tells whatever they are."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +91,7 @@ FULL = HeadsScale(
 SMOKE = HeadsScale(
     fields={
         "hidden_size": 16,
-        "num_layers": 4,
+        "num_layers": 5,
         "num_heads": 2,
         "num_future_tokens": 3,
         "sequence_length": 32,
@@ -179,9 +193,18 @@ class HeadsOptions:
         """What must be the same for figures in one folder to be comparable, JSON-ready; variants and seeds may be added."""
         shared = self.training_config(chosen_variants(())[0], seed=0).to_dict()
         own = ("seed", "output", "cache_directory", "threads", "num_future_tokens")
-        scale = {name: value for name, value in vars(self.scale).items() if name != "fields"}
-        return {
-            "training": {name: value for name, value in shared.items() if name not in own}
-            | {"num_future_tokens": self.scale.fields["num_future_tokens"]},
-            "evaluation": scale,
+        # Without fields that have their defaults, so that a later headway with more fields may go on.
+        defaults = {name: spec.default for name, spec in field_specs(TrainConfig).items() if name not in _SHOWN}
+        training = {
+            name: value
+            for name, value in shared.items()
+            if name not in own and value != _listed(defaults.get(name, _NO_DEFAULT))
         }
+        return {
+            "training": training | {"num_future_tokens": self.scale.fields["num_future_tokens"]},
+            "evaluation": {name: value for name, value in vars(self.scale).items() if name != "fields"},
+        }
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -49,6 +49,7 @@ VARIANTS: dict[str, HeadVariant] = {
         _variant("hydra", "Ankner et al. 2024", heads="hydra"),
         _variant("sequential", "DeepSeek-V3, section 2.2", heads="sequential"),
         _variant("sequential-shared", "FastMTP", heads="sequential", share_modules=True),
+        _variant("sequential-fused", "EAGLE-3's three fused layers", heads="sequential", fuse_layers=True),
     )
 }
 """Name -> variant, in the order of the tables."""
