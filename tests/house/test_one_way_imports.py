@@ -12,6 +12,7 @@ LEVELS = {
     "errors": 0,
     "functional": 0,
     "provenance": 0,
+    "processes": 1,
     "data": 1,
     "heads": 1,
     "losses": 1,

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headway.training.muon_sharing import ReplicatedSharing, ShardedSharing, own_rows
+
 # Newton-Schulz coefficients and steps, and the floor that keeps a zero gradient from dividing by zero, as
 # torch.optim.Muon has them (Jordan et al. 2024, "Muon: an optimizer for hidden layers").
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -39,12 +41,25 @@ def orthogonalize(updates_SRC: Tensor) -> Tensor:
     return iterate_SRC.mT if tall else iterate_SRC
 
 
+def orthogonalize_all(updates: list[Tensor]) -> list[Tensor]:
+    """`orthogonalize` for matrices of any shapes, those of one shape together."""
+    by_shape: dict[torch.Size, list[int]] = {}
+    for index, update in enumerate(updates):
+        by_shape.setdefault(update.shape, []).append(index)
+    results = list(updates)
+    for indices in by_shape.values():
+        orthogonal_SRC = orthogonalize(torch.stack([updates[index] for index in indices]))
+        for index, matrix in zip(indices, orthogonal_SRC.unbind(0), strict=True):
+            results[index] = matrix
+    return results
+
+
 class BatchedMuon(torch.optim.Optimizer):
     """`torch.optim.Muon(adjust_lr_fn="match_rms_adamw")` with the same state, in fewer and larger products.
 
     A model of many narrow layers spends its Muon step on the overhead of small products; stacking the matrices of
-    one shape takes most of it away (56 to 20 ms for 2.3M parameters on two cores). Every matrix must be whole in
-    this process.
+    one shape takes most of it away (56 to 20 ms for 2.3M parameters on two cores). Matrices may be sharded over processes,
+    or each process may have all of them: `sharing` then says how the work is divided.
     """
 
     def __init__(
@@ -54,6 +69,7 @@ class BatchedMuon(torch.optim.Optimizer):
         lr: float,
         weight_decay: float,
         momentum: float,
+        sharing: ReplicatedSharing | ShardedSharing | None = None,
     ) -> None:
         """Make empty state.
 
@@ -62,24 +78,29 @@ class BatchedMuon(torch.optim.Optimizer):
             lr: learning rate; updates have AdamW's size (root mean square 0.2 x lr), whatever a matrix's shape.
             weight_decay: decoupled.
             momentum: of the gradient's running mean; Nesterov's form is used.
+            sharing: on several processes; None where this one has every matrix and is alone.
         """
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self._sharing = sharing
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update all parameters that have a gradient."""
         assert closure is None, "the training loop computes gradients itself"
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[Tensor]] = {}
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    by_shape.setdefault(parameter.shape, []).append(parameter)
-            for shape, parameters in by_shape.items():
-                updates_SRC = orthogonalize(torch.stack([self._momentum(p, group["momentum"]) for p in parameters]))
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not parameters:
+                continue
+            updates = [self._momentum(parameter, group["momentum"]) for parameter in parameters]
+            orthogonal = (
+                orthogonalize_all(updates) if self._sharing is None else self._sharing(updates, orthogonalize_all)
+            )
+            rows = [own_rows(parameter) for parameter in parameters]
+            torch._foreach_mul_(rows, 1 - group["lr"] * group["weight_decay"])
+            for parameter, row, update in zip(parameters, rows, orthogonal, strict=True):
                 # Liu et al. 2025 (arXiv:2502.16982), section 2.2: "0.2 * sqrt(max(A, B))" matches AdamW's update size.
-                scale = group["lr"] * 0.2 * math.sqrt(max(shape))
-                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(parameters, list(updates_SRC.to(parameters[0].dtype).unbind(0)), alpha=-scale)
+                scale = group["lr"] * 0.2 * math.sqrt(max(parameter.shape))
+                row.add_(update.to(row.dtype), alpha=-scale)
 
     def _momentum(self, parameter: Tensor, momentum: float) -> Tensor:
         assert parameter.grad is not None

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from headway.errors import CheckpointError
 from headway.training.config import TrainConfig
 from headway.training.muon import BatchedMuon
+from headway.training.muon_sharing import ReplicatedSharing, ShardedSharing
 
 ParameterKind = Literal["matrix", "embedding", "vector"]
 
@@ -52,8 +53,16 @@ class TrainingOptimizer:
     Moments are float32 like the weights. Settings come from the configuration, never from a saved state.
     """
 
-    def __init__(self, model: Any, config: TrainConfig) -> None:
-        """Make empty state for the parameters of `model` that require gradients."""
+    def __init__(
+        self, model: Any, config: TrainConfig, *, sharing: ReplicatedSharing | ShardedSharing | None = None
+    ) -> None:
+        """Make empty state for the parameters of `model` that require gradients.
+
+        Args:
+            model: as it is trained: sharded already, where it is to be.
+            config: of the run.
+            sharing: how Muon divides its matrices among processes; see `headway.training.parallel`.
+        """
         parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         kinds = parameter_kinds(model)
         muon = config.optimizer == "muon"
@@ -80,6 +89,7 @@ class TrainingOptimizer:
                         lr=config.learning_rate,
                         weight_decay=config.weight_decay,
                         momentum=config.muon_momentum,
+                        sharing=sharing,
                     )
                 )
             else:
