@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -35,18 +35,22 @@ class Companions:
     Attributes:
         copied: names of files that travelled along.
         left_behind: names that did not; folders end with a slash.
+        places: name -> the folder that a copied file is taken from.
     """
 
     copied: tuple[str, ...]
     left_behind: tuple[str, ...]
+    places: Mapping[str, Path]
 
 
-def find_companions(source: Path, model_files: Iterable[str]) -> Companions:
+def find_companions(source: Path, model_files: Iterable[str], *, base: Path | None = None) -> Companions:
     """Sort what stands in a folder beside the model's own files.
 
     Args:
         source: the folder.
         model_files: patterns of the model's own files.
+        base: folder of the base of heads alone: what travels is taken from there too, but its tokenizer not where the
+            source has one.
     """
     patterns = tuple(model_files)
     copied: list[str] = []
@@ -56,10 +60,17 @@ def find_companions(source: Path, model_files: Iterable[str]) -> Companions:
             continue
         travels = path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in TRAVELLING)
         (copied if travels else left_behind).append(path.name if path.is_file() else f"{path.name}/")
-    return Companions(tuple(copied), tuple(left_behind))
+    places = dict.fromkeys(copied, source)
+    if base is not None:
+        has_tokenizer = any(name in TOKENIZER_FILES for name in copied)
+        for path in sorted(base.iterdir()):
+            travels = path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in TRAVELLING)
+            if travels and path.name not in places and not (has_tokenizer and path.name in TOKENIZER_FILES):
+                places[path.name] = base
+    return Companions(tuple(sorted(places)), tuple(left_behind), places)
 
 
-def copy_companions(companions: Companions, source: Path, target: Path) -> None:
+def copy_companions(companions: Companions, target: Path) -> None:
     """Copy the files that travel; a link, as the hub's cache has them, becomes the file that it points to."""
-    for name in companions.copied:
-        shutil.copyfile(source / name, target / name)
+    for name, place in companions.places.items():
+        shutil.copyfile(place / name, target / name)

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import torch
 
+from headway.convert.base_of_heads import base_folder
 from headway.convert.companions import TOKENIZER_FILES, Companions, copy_companions, find_companions
 from headway.convert.formats import MODEL_FORMATS, model_format
 from headway.convert.future_tokens import with_future_tokens
 from headway.convert.lazy_model import LazyModel, ModelFormat
+from headway.convert.recognise import looks_like
 from headway.convert.report import ConversionReport, Verification
 from headway.convert.tokenizer import complete_tokenizer
 from headway.convert.verification import verify as verify_folder
@@ -56,7 +58,8 @@ def convert(
         head_init: how added heads start: "copy" of the base's last layer, or "fresh" as the family draws a layer.
         seed: of fresh heads.
         dtype: of the weights written; None keeps each tensor's own.
-        base: folder of the plain base, where the source holds heads alone.
+        base: folder or hub name of the plain base, where the source holds heads alone; not given: the one that the heads
+            name.
         overwrite: replace a model that is in the destination, whatever its format.
         verify: load the result and compare tensors and logits of every offset with the source (`Verification`). Takes
             the memory of a float32 model and the time of a forward.
@@ -70,18 +73,24 @@ def convert(
     """
     reader, writer = model_format(source_format), model_format(target_format)
     source, destination = Path(source), Path(destination)
-    base = None if base is None else Path(base)
-    _check_folders(source, destination, base, reader)
+    _check_source(source, reader)
+    base, base_notes = base_folder(base, reader, source)
+    _check_destination(destination, source, base)
+    if verify and not writer.holds_base and base is None and not reader.is_hugging_face:
+        raise ConfigError(
+            f"a {writer.name} folder can be verified where its base is a Hugging Face folder: got --from {reader.name}; "
+            f"convert to headway first, and from there to {writer.name}"
+        )
     original = reader.read(source, base=base)
     model = _with_heads(original, reader, writer, num_future_tokens, head_init=head_init, seed=seed)
     model = writer.prepare(model).map(lambda tensor: tensor.to(dtype))
-    companions = find_companions(source, reader.files)
-    notes: list[str] = []
+    companions = find_companions(source, reader.files, base=base)
+    notes: list[str] = [*base_notes]
     verification: list[Verification] = []
     files: dict[str, int] = {}
 
     def write(folder: Path) -> None:
-        copy_companions(companions, source, folder)
+        copy_companions(companions, folder)
         if writer.is_hugging_face:
             notes.extend(complete_tokenizer(folder))
         notes.extend(writer.write(_watched(model, progress), folder))
@@ -113,24 +122,24 @@ def convert(
     return _report(original, model, reader, writer, files, companions, tuple(notes), verification)
 
 
-def _check_folders(source: Path, destination: Path, base: Path | None, reader: ModelFormat) -> None:
-    for folder in (source, base):
-        if folder is not None and not folder.is_dir():
-            raise CheckpointError(
-                f"there is no model folder {folder}; check the path (a model of the hub is downloaded first: `hf download "
-                f"NAME --local-dir DIR`)",
-                path=folder,
-            )
-    if source.resolve() == destination.resolve() or (base is not None and base.resolve() == destination.resolve()):
-        raise ConfigError(f"source and destination are one folder, {destination}; write to another one")
-    if base is not None and reader.name != "headway":
-        raise ConfigError(f"--base is for heads alone in headway format: leave it out with --from {reader.name}")
+def _check_source(source: Path, reader: ModelFormat) -> None:
+    if not source.is_dir():
+        raise CheckpointError(
+            f"there is no model folder {source}; check the path (a model of the hub is downloaded first: `hf download "
+            f"NAME --local-dir DIR`)",
+            path=source,
+        )
     if not (source / reader.marker).is_file():
-        found = [name for name, format_ in MODEL_FORMATS.items() if (source / format_.marker).is_file()]
-        hint = f"it looks like --from {found[0]}" if found else "it is not a model folder, or half written"
+        found = looks_like(source)
+        hint = f"it looks like --from {found}" if found else "it is not a model folder, or half written"
         raise CheckpointError(
             f"{source} is not in format {reader.name} ({reader.marker} is missing): {hint}", path=source
         )
+
+
+def _check_destination(destination: Path, source: Path, base: Path | None) -> None:
+    if source.resolve() == destination.resolve() or (base is not None and base.resolve() == destination.resolve()):
+        raise ConfigError(f"source and destination are one folder, {destination}; write to another one")
 
 
 def _with_heads(

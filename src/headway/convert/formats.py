@@ -8,11 +8,14 @@ from __future__ import annotations
 from headway.convert.facebook.folder import FacebookFolder
 from headway.convert.headway_folder import HeadwayFolder
 from headway.convert.lazy_model import ModelFormat
+from headway.convert.medusa.engine import MedusaEngineFolder
+from headway.convert.medusa.folder import MedusaFolder
 from headway.convert.plain_folder import PlainFolder
 from headway.errors import ConfigError
 
 MODEL_FORMATS: dict[str, ModelFormat] = {
-    format_.name: format_ for format_ in (HeadwayFolder(), PlainFolder(), FacebookFolder())
+    format_.name: format_
+    for format_ in (HeadwayFolder(), PlainFolder(), FacebookFolder(), MedusaFolder(), MedusaEngineFolder())
 }
 """In the order of `headway.convert.names.FORMATS`."""
 

@@ -46,7 +46,15 @@ class HeadwayFolder:
     marker = CONFIG_FILE
     files = (*PLAIN_FILES, CONFIG_FILE, HEADS_FILE, f"{BASE_FOLDER}/*")
     holds_heads = True
+    holds_base = True
     is_hugging_face = True
+
+    def named_base(self, folder: Path) -> str | None:
+        """See `ModelFormat.named_base`."""
+        if (folder / "config.json").is_file():
+            return None
+        name = read_record(folder)["base"].get("name")
+        return str(name) if name else None
 
     def read(self, folder: Path, *, base: Path | None = None) -> LazyModel:
         """See `ModelFormat.read`; the base is compared with the fingerprint that the heads recorded of theirs."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -58,6 +58,11 @@ class LazyTensor:
         return replace(self, read=read)
 
 
+def filled(value: float, shape: tuple[int, ...], dtype: torch.dtype) -> LazyTensor:
+    """A tensor of one value."""
+    return LazyTensor(shape=shape, dtype=dtype, read=lambda: torch.full(shape, value, dtype=dtype))
+
+
 @dataclass(frozen=True)
 class LazyModel:
     """What every format is read to and written from.
@@ -67,6 +72,8 @@ class LazyModel:
         mtp_config: n and the kind of heads; n = 1 has no heads.
         base: the base's state dict; a tied unembedding is left out.
         heads: the state dict of `MultiTokenLM.heads`, such as `0.self_attn.q_proj.weight` (offset 2).
+        apart: the base's state dict where the format that is written leaves the base in its own folder, else empty;
+            `base` is empty then.
         base_name: by which people know the base; never a path of this machine.
         generation: contents of the source's generation_config.json; None where it has none.
         left_out: tensors of the source that the model does not need, with the reason.
@@ -81,6 +88,12 @@ class LazyModel:
     generation: Mapping[str, Any] | None = None
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    apart: Mapping[str, LazyTensor] = field(default_factory=dict)
+
+    @property
+    def whole_base(self) -> Mapping[str, LazyTensor]:
+        """The base's state dict, written or apart."""
+        return {**self.apart, **self.base}
 
     @property
     def num_future_tokens(self) -> int:
@@ -89,7 +102,7 @@ class LazyModel:
 
     @property
     def tensors(self) -> list[LazyTensor]:
-        """Those of the base, then those of the heads."""
+        """Those that are written: of the base, then of the heads."""
         return [*self.base.values(), *self.heads.values()]
 
     @property
@@ -98,7 +111,7 @@ class LazyModel:
         return sum(tensor.num_bytes for tensor in self.tensors)
 
     def map(self, change: Callable[[LazyTensor], LazyTensor]) -> LazyModel:
-        """The same model with every tensor passed through `change`."""
+        """The same model with every tensor that is written passed through `change`."""
         return replace(
             self,
             base={name: change(tensor) for name, tensor in self.base.items()},
@@ -126,15 +139,26 @@ class ModelFormat(Protocol):
         """Whether offsets beyond the next token have a place in it."""
 
     @property
+    def holds_base(self) -> bool:
+        """Whether the base has a place in it; else a folder holds heads alone."""
+
+    @property
     def is_hugging_face(self) -> bool:
         """Whether transformers loads the folder, and its tokenizer with it."""
+
+    def named_base(self, folder: Path) -> str | None:
+        """By what name or path a folder of heads alone calls its base; None where it holds it or does not say.
+
+        Raises:
+            CheckpointError: a damaged folder.
+        """
 
     def read(self, folder: Path, *, base: Path | None = None) -> LazyModel:
         """Open a folder without reading its weights; every tensor of it is accounted for.
 
         Args:
             folder: local folder.
-            base: folder of the plain base, for formats that may hold heads alone.
+            base: folder of the plain base, where the folder holds heads alone.
 
         Raises:
             CheckpointError: not a folder of this format, or damaged, or with tensors missing or unknown (all named).

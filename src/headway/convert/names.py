@@ -6,5 +6,7 @@ FORMATS: dict[str, str] = {
     "headway": "a plain checkpoint of the base with the heads under mtp/",
     "hf": "a plain Hugging Face checkpoint without heads, as every engine and every GGUF converter reads it",
     "facebook": "params.json and consolidated.*.pth as in facebook/multi-token-prediction",
+    "medusa": "Medusa heads alone in FasterDecoding's layout, medusa_lm_head.pt or .safetensors; --base is their base",
+    "medusa-engine": "Medusa heads alone as serving engines load them, config.json and model.safetensors",
 }
 """Name -> what a folder of this format is; `headway.convert.formats` holds the code of each."""

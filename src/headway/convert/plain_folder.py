@@ -33,7 +33,12 @@ class PlainFolder:
     marker = CONFIG_FILE
     files = PLAIN_FILES
     holds_heads = False
+    holds_base = True
     is_hugging_face = True
+
+    def named_base(self, folder: Path) -> str | None:
+        """See `ModelFormat.named_base`: it holds its base."""
+        return None
 
     def read(self, folder: Path, *, base: Path | None = None) -> LazyModel:
         """See `ModelFormat.read`; a folder with heads is refused, since they would be lost silently."""

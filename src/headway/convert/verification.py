@@ -16,7 +16,7 @@ from torch import Tensor
 
 from headway.convert.architecture import PLAIN, architecture, unlike_the_paper
 from headway.convert.future_tokens import last_layer
-from headway.convert.lazy_model import LazyModel, LazyTensor, ModelFormat
+from headway.convert.lazy_model import LazyModel, LazyTensor, ModelFormat, filled
 from headway.convert.report import Verification
 from headway.errors import CheckpointError
 
@@ -25,6 +25,7 @@ TIMES_NOISE = 16
 """Differences up to so many times the model's own float32 noise pass."""
 
 _ROUNDING = 2.0**-23
+_ZERO_AT_FIRST = re.compile(r"\.inner\.weight$")  # residual SiLU blocks; a bias of zero may be one that is not there
 _SEED = 0
 
 
@@ -52,7 +53,9 @@ def verify(
     Raises:
         CheckpointError: tensors or logits that differ; names them.
     """
-    compared = _compare_tensors(model, target_format.read(written))
+    # A layout of heads alone is read with the base that the source has: its folder is one, at its top.
+    base_of_written = None if target_format.holds_base else (source if base is None else base)
+    compared = _compare_tensors(model, target_format.read(written, base=base_of_written))
     generator = torch.Generator().manual_seed(_SEED)
     positions = min(POSITIONS, int(model.config.max_position_embeddings))
     tokens_BT = torch.randint(0, int(model.config.vocab_size), (BATCH, positions), generator=generator)
@@ -68,7 +71,9 @@ def verify(
     scale = float(source_BTNV.nan_to_num().abs().max())
     noise = _gap(source_format.logits(source, tokens_BT, base=base, change=disturbed), source_BTNV)
     limit = TIMES_NOISE * max(noise, _ROUNDING * scale)
-    written_BTNV = target_format.logits(written, tokens_BT)
+    written_BTNV = target_format.logits(
+        written, tokens_BT, base=base_of_written, change=None if target_format.holds_base else rounded
+    )
     differences = _differences(model, source_BTNV, written_BTNV)
     for offset, difference in enumerate(differences, start=1):
         if difference is not None and not difference <= limit:
@@ -139,14 +144,16 @@ def _first_tensor(model: LazyModel, head: int) -> str:
 
 
 def _untrained(model: LazyModel) -> tuple[str, ...]:
-    """Tensors of heads that equal what a head may have started as: the base's last layer, its output matrix."""
+    """Tensors of heads that equal what a head may have started as: the base's last layer or output matrix, zero."""
     needed = architecture(model.config, PLAIN)
-    layer = last_layer(model.base, needed)
-    output = model.base.get("lm_head.weight") or model.base.get(needed.tied.get("lm_head.weight", ""))
+    layer = last_layer(model.whole_base, needed)
+    output = model.whole_base.get("lm_head.weight") or model.whole_base.get(needed.tied.get("lm_head.weight", ""))
     equal = []
     for name, tensor in sorted(model.heads.items()):
         inside = re.sub(r"^\d+\.(?:\d+\.|layer\.)?", "", name)
         twin = output if name.startswith("unembeddings.") else layer.get(inside)
-        if twin is not None and _same_values(tensor, twin):
+        if _ZERO_AT_FIRST.search(name):
+            twin = filled(0.0, tensor.shape, tensor.dtype)
+        if twin is not None and _same_values(tensor, twin.to(tensor.dtype)):
             equal.append(name)
     return tuple(equal)

@@ -51,7 +51,12 @@ class FacebookFolder:
     marker = PARAMS_FILE
     files = (PARAMS_FILE, PATTERN, SIDECAR_FILE, GENERATION_FILE)
     holds_heads = True
+    holds_base = True
     is_hugging_face = False
+
+    def named_base(self, folder: Path) -> str | None:
+        """See `ModelFormat.named_base`: it holds its base."""
+        return None
 
     def read(self, folder: Path, *, base: Path | None = None) -> LazyModel:
         """See `ModelFormat.read`."""
