@@ -114,6 +114,9 @@ class DraftPoint:
         return hidden_BWD[torch.arange(hidden_BWD.shape[0], device=hidden_BWD.device), self.columns_B]
 
 
+Choose = Callable[[Tensor, int], Tensor]
+"""(hidden states of an offset [B, T, D], offset) -> the likeliest tokens [B, T], without a gradient."""
+
 DraftStep = Callable[[int, Tensor], Tensor]
 """(offset, token drafted for offset - 1 [B]) -> hidden state of that offset [B, D]; called with offsets 2, 3, ... in turn."""
 
@@ -246,6 +249,20 @@ class ChainedHeads(Heads):
             hidden_BTD = self.link(inputs, offset, hidden_BTD)
             future.append(hidden_BTD)
         return tuple(future)
+
+
+class TokenReadingHeads(Heads):
+    """Heads that read the tokens between a position and its offset."""
+
+    reads_tokens = True
+
+    @abstractmethod
+    def drafted_hidden(self, inputs: HeadInputs, *, num_heads: int, choose: Choose) -> tuple[Tensor, ...]:
+        """As `future_hidden`, but each position reads its own drafts instead of the text's tokens.
+
+        The states are those that decoding would have computed, had a draft started at that position: the token after it
+        is the text's, the later ones are the heads' likeliest (training-time test).
+        """
 
 
 class SplicedHeads(Heads):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from headway.heads.base import DraftPoint, DraftStep, HeadInputs, ParallelHeads, Reading
+from headway.heads.base import Choose, DraftPoint, DraftStep, HeadInputs, ParallelHeads, Reading, TokenReadingHeads
 from headway.heads.options import HeadOptions
 from headway.heads.parts import BaseParts
 from headway.heads.silu_block import SiluBlock, zero_linear
@@ -47,11 +47,10 @@ class HydraBody(nn.Module):
         return deeper
 
 
-class HydraHeads(ParallelHeads):
+class HydraHeads(ParallelHeads, TokenReadingHeads):
     """One map per offset; offsets are drafted in turn."""
 
     uses_final_norm = False
-    reads_tokens = True
 
     def __init__(self, parts: BaseParts, options: HeadOptions, *, num_heads: int) -> None:
         own = options.own_unembedding is not False
@@ -74,6 +73,15 @@ class HydraHeads(ParallelHeads):
         for index, body in enumerate(self.bodies[:num_heads]):
             seen.append(inputs.embedded(index + 1))
             future.append(body(*seen))
+        return tuple(future)
+
+    def drafted_hidden(self, inputs: HeadInputs, *, num_heads: int, choose: Choose) -> tuple[Tensor, ...]:
+        """See `TokenReadingHeads.drafted_hidden`."""
+        seen, future = [inputs.hidden_BTD, inputs.embedded(1)], []
+        for offset in range(2, num_heads + 2):
+            future.append(self.bodies[offset - 2](*seen))
+            if offset <= num_heads:
+                seen.append(inputs.embed(choose(future[-1], offset)))
         return tuple(future)
 
     def begin_draft(self, point: DraftPoint) -> DraftStep:

@@ -25,7 +25,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from headway.heads.base import ChainedHeads, DraftPoint, DraftStep, HeadInputs, LayerCall, Reading
+from headway.heads.base import (
+    ChainedHeads,
+    Choose,
+    DraftPoint,
+    DraftStep,
+    HeadInputs,
+    LayerCall,
+    Reading,
+    TokenReadingHeads,
+)
+from headway.heads.lanes import Lanes
 from headway.heads.options import HeadOptions
 from headway.heads.parts import BaseParts, place_in_cache
 
@@ -50,10 +60,8 @@ class SequentialModule(nn.Module):
         return hidden_BTD
 
 
-class SequentialHeads(ChainedHeads):
+class SequentialHeads(ChainedHeads, TokenReadingHeads):
     """A chain of modules; offsets are drafted in turn."""
-
-    reads_tokens = True
 
     def __init__(self, parts: BaseParts, options: HeadOptions, *, num_heads: int) -> None:
         count = min(num_heads, 1) if options.share_modules else num_heads
@@ -96,6 +104,24 @@ class SequentialHeads(ChainedHeads):
     def link(self, inputs: HeadInputs, offset: int, before_BTD: Tensor) -> Tensor:
         """See `ChainedHeads.link`."""
         return self._deepen(offset - 1, inputs.call, before_BTD, inputs.embedded(offset - 1))
+
+    def drafted_hidden(self, inputs: HeadInputs, *, num_heads: int, choose: Choose) -> tuple[Tensor, ...]:
+        """See `TokenReadingHeads.drafted_hidden` and `headway.heads.lanes`."""
+        lanes = Lanes(inputs.call, self.decoder_layers[0])
+        # Per lane its states at the depth before; the teacher-forced lane first, then those that read older drafts.
+        before = [self.start(inputs)]
+        embedded_drafts: list[Tensor] = []
+        future: list[Tensor] = []
+        for depth in range(1, num_heads + 1):
+            embedded_BXD = torch.cat((inputs.embedded(depth), *embedded_drafts), dim=1)
+            hidden_BXD = self._deepen(depth, lanes.call(depth), torch.cat(before, dim=1), embedded_BXD)
+            states = hidden_BXD.split(before[0].shape[1], dim=1)
+            future.append(states[-1])
+            if depth < num_heads:
+                embedded_drafts.append(inputs.embed(choose(states[-1], depth + 1)))
+                # At the next depth the oldest lane leaves the teacher-forced one, `depth - 1` positions before its start.
+                before = [states[0], states[0].roll(depth - 1, dims=1), *states[1:]]
+        return tuple(future)
 
     def begin_draft(self, point: DraftPoint) -> DraftStep:
         """See `Heads.begin_draft`: every depth runs over all positions of the pass, the repeated ones included."""
