@@ -16,7 +16,7 @@ from headway.model.config import MultiTokenConfig
 from headway.model.multi_token_lm import MultiTokenLM
 
 WORDS = ["trunk", "head", "token", "offset", "draft", "block", "accept", "cache", "row", "step", "loss", "mean"]
-TIMES = ("tokens_per_second", "elapsed_seconds", "seconds")
+TIMES = ("tokens_per_second", "elapsed_seconds", "seconds", "mfu", "resident_bytes", "gpu_peak_bytes")
 
 
 def tiny_model(*, tied: bool = False, gpt2: bool = False) -> MultiTokenLM:

@@ -44,11 +44,22 @@ def check_together(config: TrainConfig) -> None:
                 )
     if config.keep_best is not None:
         parse_figure(config.keep_best)
+    if config.mfu_peak not in ("auto", "measure") and not _is_above_zero(config.mfu_peak):
+        raise ConfigError(
+            f"mfu_peak takes auto, measure, or the peak of one device in TFLOP/s: got {config.mfu_peak!r}; correct the value"
+        )
     if config.overwrite and config.resume not in ("auto", "never"):
         raise ConfigError(
             f"overwrite and resume={config.resume} exclude each other: one clears the output folder, the "
             "other continues a checkpoint; drop one of them"
         )
+
+
+def _is_above_zero(text: str) -> bool:
+    try:
+        return 0 < float(text) < float("inf")
+    except ValueError:
+        return False
 
 
 def _check_model(config: TrainConfig) -> None:

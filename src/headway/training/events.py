@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from headway.training.data_mix import SourceShare
 
 
 @dataclass(frozen=True)
@@ -17,12 +19,19 @@ class RunStarted:
         steps: of the whole run.
         tokens_per_step: input tokens of one optimizer step.
         num_future_tokens: offsets in every step's `loss_per_offset`.
+        parameters: trained weights, tied ones once; None where nobody counted.
+        flops_per_token: floating-point operations of the model for one training token (`headway.training.flops`); None where
+            they could not be counted.
+        peak_flops_per_second: of all devices together; None where it is not known.
     """
 
     first_step: int
     steps: int
     tokens_per_step: int
     num_future_tokens: int
+    parameters: int | None = None
+    flops_per_token: int | None = None
+    peak_flops_per_second: float | None = None
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,14 @@ class StepDone:
         skipped_steps: skipped so far.
         tokens_per_second: since the last logged step, evaluations and checkpoints not counted.
         elapsed_seconds: of the whole run, resumes included, downtime not.
-        logged: whether the step is one of those that metrics.jsonl holds.
+        logged: whether the step is one of those that metrics.jsonl holds; what stands below is None on other steps.
+        accuracy_per_offset: share of each offset's targets in the step's own batch that no other token outscored.
+        offset_weights: of the step's loss.
+        flops: floating-point operations of the model so far; None where they could not be counted.
+        mfu: model FLOP utilisation, the operations per second over the peak of all devices; None where the peak is not known.
+        resident_bytes: memory of this process in RAM; None where the system does not say.
+        gpu_peak_bytes: most memory that tensors of this process had on its GPU so far; None on a CPU.
+        data_mix: shares of the sources so far beside those asked for; None without a mixture.
     """
 
     step: int
@@ -54,6 +70,13 @@ class StepDone:
     tokens_per_second: float
     elapsed_seconds: float
     logged: bool
+    accuracy_per_offset: tuple[float, ...] | None = None
+    offset_weights: tuple[float, ...] | None = None
+    flops: int | None = None
+    mfu: float | None = None
+    resident_bytes: int | None = None
+    gpu_peak_bytes: int | None = None
+    data_mix: tuple[SourceShare, ...] | None = None
 
     def record(self) -> dict[str, Any]:
         """The line of metrics.jsonl."""
@@ -68,16 +91,35 @@ class StepDone:
             "skipped_steps": self.skipped_steps,
             "tokens_per_second": self.tokens_per_second,
             "elapsed_seconds": self.elapsed_seconds,
+            "accuracy_per_offset": None if self.accuracy_per_offset is None else list(self.accuracy_per_offset),
+            "offset_weights": None if self.offset_weights is None else list(self.offset_weights),
+            "flops": self.flops,
+            "mfu": self.mfu,
+            "resident_bytes": self.resident_bytes,
+            "gpu_peak_bytes": self.gpu_peak_bytes,
+            "data_mix": None if self.data_mix is None else [asdict(share) for share in self.data_mix],
         }
 
 
 @dataclass(frozen=True)
 class EvaluationDone:
-    """Figures of all evaluators after `step` steps."""
+    """Figures of all evaluators after `step` steps, `tokens` training tokens and `flops` operations (see `StepDone`)."""
 
     step: int
     values: dict[str, Any]
     seconds: float
+    tokens: int | None = None
+    flops: int | None = None
+
+    def record(self) -> dict[str, Any]:
+        """The line of evaluations.jsonl."""
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "flops": self.flops,
+            "seconds": self.seconds,
+            **self.values,
+        }
 
 
 @dataclass(frozen=True)

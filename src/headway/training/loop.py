@@ -24,7 +24,8 @@ from headway.training.events import (
 )
 from headway.training.final_model import write_final_model
 from headway.training.identity import check_same_run, run_identity
-from headway.training.metrics import MetricsWriter, read_metrics
+from headway.training.metric_files import read_metrics
+from headway.training.metrics import MetricsWriter
 from headway.training.model_building import base_config
 from headway.training.optimizers import TrainingOptimizer
 from headway.training.out_of_memory import out_of_memory_explained
@@ -43,7 +44,9 @@ from headway.training.run_directory import (
     write_text,
 )
 from headway.training.starting_model import starting_model
+from headway.training.telemetry import Telemetry
 from headway.training.threads import thread_count
+from headway.training.tracking import tracker_opener
 
 EvaluatorFactory = Callable[[TrainingData], Sequence[Evaluator]]
 """Makes evaluators once the data are there, for those that need held-out text."""
@@ -151,6 +154,7 @@ def train(
             )
             if changes:
                 announce(Notice(f"resuming with changed options: {'; '.join(changes)}"))
+        telemetry = Telemetry(config, shape, rows=rows, device=device)
         seed_everything(config.seed)
         with out_of_memory_explained(config, lambda: "building the model"):
             model = starting_model(config, shape).to(device)
@@ -162,7 +166,12 @@ def train(
         if start.checkpoint is not None:
             start.checkpoint.restore(model, optimizer)
             state = start.checkpoint.state
-        metrics = MetricsWriter(folder, resumed_step=state.step, tensorboard=config.tensorboard)
+        metrics = MetricsWriter(
+            folder,
+            resumed_step=state.step,
+            tensorboard=config.tensorboard,
+            open_tracker=tracker_opener(config, notice=lambda text: announce(Notice(text))),
+        )
         try:
             run = TrainingRun(
                 config=config,
@@ -176,6 +185,7 @@ def train(
                 evaluators=evaluators(data) if callable(evaluators) else evaluators,
                 metrics=metrics,
                 announce=announce,
+                telemetry=telemetry,
             )
             run.to_the_end()
             return _finish(run)

@@ -1,10 +1,10 @@
-"""Metrics on disk: JSON lines and TensorBoard, without doubled or missing steps after a resume."""
+"""Metrics on disk and at a tracker: JSON lines, TensorBoard, nothing doubled or missing after a resume."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,49 +12,73 @@ from torch.utils.tensorboard import SummaryWriter
 
 from headway.errors import TrainingError
 from headway.training.events import EvaluationDone, Event, StepDone
+from headway.training.metric_files import read_metrics
 from headway.training.run_directory import EVALUATIONS, METRICS, TENSORBOARD
+from headway.training.tracking import Tracker
+
+_PER_OFFSET = {
+    "loss_per_offset": "train/loss_offset",
+    "accuracy_per_offset": "train/accuracy_offset",
+    "offset_weights": "train/weight_offset",
+}
+_NOT_FIGURES = ("step", "applied", "logged")
 
 
 class MetricsWriter:
     """Writes what events say; hand it to the loop like any other listener.
 
     A killed run leaves lines of steps after its last checkpoint, and perhaps half a line: opening the writer for a
-    resume drops both, so that the steps that are done again stand in the files once.
+    resume drops both, so that the steps that are done again stand in the files once. A tracker cannot be told to forget:
+    it is not told again of steps that it has heard of, and a tracker that joins late hears first of what is past.
     """
 
-    def __init__(self, folder: Path, *, resumed_step: int, tensorboard: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        resumed_step: int,
+        tensorboard: bool,
+        open_tracker: Callable[[Path], Tracker] | None = None,
+    ) -> None:
         """Open the files.
 
         Args:
             folder: the run's output folder.
             resumed_step: steps that the checkpoint holds, 0 for a new run; later lines are dropped.
             tensorboard: whether to write TensorBoard events too.
+            open_tracker: opens the tracked run of this folder, where one is asked for.
 
         Raises:
-            TrainingError: the disk refuses.
+            TrainingError: the disk refuses, or the tracker.
         """
         self._folder = folder
+        self._tracker = None if open_tracker is None else open_tracker(folder)
+        # Every line goes to the file first, so the files know what the tracker has heard of.
+        told = self._tracker is not None and self._tracker.continued
+        self._told_step = _last_step(folder / METRICS) if told else 0
+        self._told_evaluation = _last_step(folder / EVALUATIONS) if told else 0
         try:
             self._steps = _open_after(folder / METRICS, resumed_step)
             self._evaluations = _open_after(folder / EVALUATIONS, resumed_step)
         except OSError as error:
             raise TrainingError(f"cannot write metrics to {folder}: {error}; choose another --output") from error
+        if self._tracker is not None and not told:
+            self._tell_what_is_past(self._tracker)
         self._board: Any = None
         if tensorboard:
             purge_step = resumed_step + 1 if resumed_step else None
-            try:
-                self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=purge_step)
-            except OSError as error:
-                raise self._refused(error) from error
+            self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=purge_step)
 
     def __call__(self, event: Event) -> None:
         """Write a logged step or an evaluation; other events are none of its business."""
         if isinstance(event, StepDone) and event.logged:
-            self._write(self._steps, event.record())
-            self._scalars(event.step, _step_scalars(event))
+            record = event.record()
+            self._write(self._steps, record)
+            self._scalars(event.step, step_scalars(record), told=event.step <= self._told_step)
         elif isinstance(event, EvaluationDone):
-            self._write(self._evaluations, {"step": event.step, "seconds": event.seconds, **event.values})
-            self._scalars(event.step, dict(_flat("evaluation", event.values)))
+            record = event.record()
+            self._write(self._evaluations, record)
+            self._scalars(event.step, evaluation_scalars(record), told=event.step <= self._told_evaluation)
 
     def flush(self) -> None:
         """Reach the disk; the loop calls this before a checkpoint says that these steps are done."""
@@ -68,12 +92,16 @@ class MetricsWriter:
             raise self._refused(error) from error
 
     def close(self) -> None:
-        """Flush and close all files."""
-        self.flush()
-        self._steps.close()
-        self._evaluations.close()
-        if self._board is not None:
-            self._board.close()
+        """Flush and close all files, and end the tracked run."""
+        try:
+            self.flush()
+        finally:
+            self._steps.close()
+            self._evaluations.close()
+            if self._board is not None:
+                self._board.close()
+            if self._tracker is not None:
+                self._tracker.close()
 
     def _write(self, file: TextIO, record: Mapping[str, Any]) -> None:
         try:
@@ -87,28 +115,50 @@ class MetricsWriter:
             f"cannot write metrics to {self._folder}: {error.strerror}; free space, then start the same command again"
         )
 
-    def _scalars(self, step: int, values: Mapping[str, float]) -> None:
+    def _scalars(self, step: int, values: Mapping[str, float], *, told: bool) -> None:
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
+        if self._tracker is not None and not told:
+            self._tracker.log(step, values)
+
+    def _tell_what_is_past(self, tracker: Tracker) -> None:
+        past = [(record["step"], step_scalars(record)) for record in read_metrics(self._folder / METRICS)]
+        past += [(record["step"], evaluation_scalars(record)) for record in read_metrics(self._folder / EVALUATIONS)]
+        for step, values in sorted(past, key=lambda item: item[0]):
+            tracker.log(step, values)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSONL file up to the first line that is not whole.
+def step_scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """A line of metrics.jsonl as named numbers; what is not known is left out.
 
-    Such a line can only be the work of a kill or a power cut after the last checkpoint, which flushes what precedes it.
+    >>> step_scalars({"step": 3, "loss": 1.5, "loss_per_offset": [1.0, 0.5], "gradient_norm": None})
+    {'train/loss': 1.5, 'train/loss_offset_1': 1.0, 'train/loss_offset_2': 0.5}
     """
-    records: list[dict[str, Any]] = []
-    if path.exists():
-        for line in path.read_bytes().splitlines(keepends=True):
-            try:
-                record = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
-                record = None
-            if not isinstance(record, dict):
-                break
-            records.append(record)
-    return records
+    values: dict[str, float] = {}
+    for name, value in record.items():
+        if name in _PER_OFFSET:
+            for offset, item in enumerate(value or (), start=1):
+                values[f"{_PER_OFFSET[name]}_{offset}"] = item
+        elif name == "data_mix":
+            values |= {f"train/data_mix/{share['source']}": share["drawn"] for share in value or ()}
+        elif name not in _NOT_FIGURES and isinstance(value, int | float):
+            values[f"train/{name}"] = value
+    return values
+
+
+def evaluation_scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """A line of evaluations.jsonl as named numbers; lists have one number per offset.
+
+    >>> evaluation_scalars({"step": 3, "seconds": 0.1, "nats": [1.0, 2.0], "walk_acceptance_rate": [0.5]})
+    {'evaluation/nats/offset_1': 1.0, 'evaluation/nats/offset_2': 2.0, 'evaluation/walk_acceptance_rate/offset_2': 0.5}
+    """
+    return dict(_flat("evaluation", {name: value for name, value in record.items() if name not in ("step", "seconds")}))
+
+
+def _last_step(path: Path) -> int:
+    records = read_metrics(path)
+    return int(records[-1]["step"]) if records else 0
 
 
 def _open_after(path: Path, step: int) -> TextIO:
@@ -120,22 +170,15 @@ def _open_after(path: Path, step: int) -> TextIO:
     return path.open("a", encoding="utf-8")
 
 
-def _step_scalars(event: StepDone) -> dict[str, float]:
-    values: dict[str, float | None] = {
-        "train/loss": event.loss,
-        "train/learning_rate": event.learning_rate,
-        "train/gradient_norm": event.gradient_norm,
-        "train/skipped_steps": event.skipped_steps,
-        "train/tokens_per_second": event.tokens_per_second,
-    }
-    for offset, nats in enumerate(event.loss_per_offset or (), start=1):
-        values[f"train/loss_offset_{offset}"] = nats
-    return {name: value for name, value in values.items() if value is not None}
-
-
 def _flat(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for name, value in values.items():
         if isinstance(value, list | tuple):
-            yield from _flat(f"{prefix}/{name}", {f"offset_{index}": item for index, item in enumerate(value, start=1)})
+            yield from _flat(f"{prefix}/{name}", _by_offset(name, value))
         elif isinstance(value, int | float):
             yield f"{prefix}/{name}", float(value)
+
+
+def _by_offset(name: str, values: Sequence[Any]) -> dict[str, Any]:
+    # Nothing of offset 1 is drafted: rates of acceptance begin with offset 2.
+    first = 2 if name.endswith("acceptance_rate") else 1
+    return {f"offset_{offset}": value for offset, value in enumerate(values, start=first)}

@@ -33,13 +33,15 @@ from headway.training.events import (
 )
 from headway.training.fields import field_specs
 from headway.training.interruption import StopRequest, TrainingInterruptedError, stop_on_signals
-from headway.training.metrics import MetricsWriter, read_metrics
+from headway.training.metric_files import read_metrics
+from headway.training.metrics import MetricsWriter
 from headway.training.optimizers import TrainingOptimizer
 from headway.training.out_of_memory import out_of_memory_explained
 from headway.training.rng import capture_rng, preserved_rng, restore_rng
 from headway.training.run_directory import CHECKPOINTS, EVALUATIONS
 from headway.training.schedule import learning_rate_factor
 from headway.training.step import StepOutcome, optimizer_step
+from headway.training.telemetry import Telemetry
 
 Evaluator = Callable[[MultiTokenLM, int], Mapping[str, Any]]
 """(model in eval mode, steps done) -> figures: numbers, or lists of numbers with one item per offset."""
@@ -62,10 +64,11 @@ class TrainingRun:
         evaluators: Sequence[Evaluator],
         metrics: MetricsWriter,
         announce: Listener,
+        telemetry: Telemetry,
     ) -> None:
         self.config, self.folder, self.data, self.identity = config, folder, data, identity
         self.model, self.optimizer, self.evaluators = model, optimizer, evaluators
-        self.metrics, self.announce = metrics, announce
+        self.metrics, self.announce, self.telemetry = metrics, announce, telemetry
         self.state = state
         self.device = next(model.parameters()).device
         loader = PackedLoader(rows, batch_size=config.rows_per_step)
@@ -87,6 +90,11 @@ class TrainingRun:
         """Of the whole run up to now, earlier processes included."""
         return self.elapsed_before + time.perf_counter() - self.began
 
+    @property
+    def _tokens(self) -> int:
+        """Training tokens of all processes together so far."""
+        return self.state.next_row * self.config.sequence_length
+
     def emit(self, event: Event) -> None:
         """Tell the files first, then whoever watches."""
         self.metrics(event)
@@ -106,6 +114,9 @@ class TrainingRun:
                 steps=self.config.steps,
                 tokens_per_step=self.config.tokens_per_step,
                 num_future_tokens=self.config.num_future_tokens,
+                parameters=sum(parameter.numel() for parameter in self.optimizer.parameters),
+                flops_per_token=self.telemetry.flops_per_token,
+                peak_flops_per_second=self.telemetry.peak_flops_per_second,
             )
         )
         finished = False
@@ -168,19 +179,26 @@ class TrainingRun:
     def _report(self, outcome: StepOutcome) -> None:
         state, config = self.state, self.config
         logged = state.step % config.log_every_steps == 0 or state.step == config.steps
+        tokens, speed = self._tokens, self.interval.per_second
+        cost: dict[str, Any] = {}
+        if logged:
+            cost |= vars(self.telemetry.cost(tokens=tokens, rows=state.next_row, tokens_per_second=speed))
+            cost["offset_weights"] = config.offset_weights or (1.0,) * config.num_future_tokens
+            cost["accuracy_per_offset"] = outcome.accuracy_per_offset
         self.emit(
             StepDone(
                 step=state.step,
-                tokens=state.next_row * config.sequence_length,
+                tokens=tokens,
                 loss=outcome.loss,
                 loss_per_offset=outcome.loss_per_offset,
                 learning_rate=self.optimizer.learning_rate,
                 gradient_norm=outcome.gradient_norm,
                 applied=outcome.applied,
                 skipped_steps=state.skipped_steps,
-                tokens_per_second=self.interval.per_second,
+                tokens_per_second=speed,
                 elapsed_seconds=state.elapsed_seconds,
                 logged=logged,
+                **cost,
             )
         )
         if logged:
@@ -219,7 +237,8 @@ class TrainingRun:
                 self.model.train()
         self.optimizer.zero_grad()
         self.evaluated_step = self.state.step
-        self.emit(EvaluationDone(self.state.step, values, time.perf_counter() - began))
+        seconds = time.perf_counter() - began
+        self.emit(EvaluationDone(self.state.step, values, seconds, self._tokens, self.telemetry.flops(self._tokens)))
         self._rank(values)
 
     def _rank(self, values: Mapping[str, Any]) -> None:

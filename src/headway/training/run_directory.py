@@ -3,6 +3,7 @@
 config.yaml           the resolved configuration
 metrics.jsonl         one line per logged step          evaluations.jsonl    one line per evaluation
 tensorboard/          the same for TensorBoard          tokens/              token caches
+tracking.json         ids of the run at W&B or trackio
 checkpoints/          see `checkpoint.py`, `best.py`  model/              the finished model, a plain headway folder
 result.json           final figures; its presence means that the run is finished
 """
@@ -28,19 +29,26 @@ from headway.training.checkpoint import (
 )
 from headway.training.config import TrainConfig
 from headway.training.final_model import remove_unfinished_model
+from headway.training.run_files import CHECKPOINTS as CHECKPOINTS
+from headway.training.run_files import CONFIG as CONFIG
+from headway.training.run_files import EVALUATIONS as EVALUATIONS
+from headway.training.run_files import LOCK as LOCK
+from headway.training.run_files import MARKER as MARKER
+from headway.training.run_files import METRICS as METRICS
+from headway.training.run_files import MODEL as MODEL
+from headway.training.run_files import RESULT as RESULT
+from headway.training.run_files import TENSORBOARD as TENSORBOARD
+from headway.training.run_files import TOKENS as TOKENS
+from headway.training.run_files import TRACKING as TRACKING
 
 try:
     import fcntl
 except ImportError:  # Windows: there a folder is not guarded against a second process
     fcntl = None  # type: ignore[assignment]
 
-MARKER, CONFIG = "headway-run.json", "config.yaml"
-METRICS, EVALUATIONS, TENSORBOARD = "metrics.jsonl", "evaluations.jsonl", "tensorboard"
-CHECKPOINTS, MODEL, RESULT, TOKENS, LOCK = "checkpoints", "model", "result.json", "tokens", ".lock"
-
 _FORMAT = "headway-run"
 # In the order in which they are cleared: a folder half cleared still looks like a run, and not like a finished one.
-_OF_ONE_RUN = (RESULT, MODEL, CHECKPOINTS, METRICS, EVALUATIONS, TENSORBOARD, CONFIG)
+_OF_ONE_RUN = (RESULT, MODEL, CHECKPOINTS, METRICS, EVALUATIONS, TENSORBOARD, TRACKING, CONFIG)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from headway.training.config_file import resolve_config
 from headway.training.corpus import TrainingData
 from headway.training.events import Event, Listener, RunEnded, RunStarted
 from headway.training.loop import TrainResult, train
-from headway.training.metrics import read_metrics
+from headway.training.metric_files import read_metrics
 from headway.training.run import Evaluator
 from headway.training.run_directory import METRICS
 from headway.training.threads import thread_count
