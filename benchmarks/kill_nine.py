@@ -178,7 +178,9 @@ def to_the_end(arguments: list[str], log: Path) -> float:
 def kill_at_random(attempt: Attempt, draw: random.Random, *, typical_seconds: float) -> str | None:
     """Kill an attempt at a random moment; the phase it was in, or None where it ended before."""
     phase = draw.choice(PHASES[1:]) if draw.random() < 0.6 else None
-    moments = [time.monotonic() + draw.uniform(0, 0.6 * typical_seconds)]
+    # Text is read at the beginning: a delay would miss it.
+    longest = 0.0 if phase == "reading and tokenising" else 0.6 * typical_seconds
+    moments = [time.monotonic() + draw.uniform(0, longest)]
     if not attempt.wait(lambda: time.monotonic() >= moments[-1]):
         return None
     if phase is not None:
@@ -342,7 +344,7 @@ def campaign(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def last_step(output: Path) -> int:
     """The last step that the metrics know."""
-    from headway.training.metrics import read_metrics
+    from headway.training.metric_files import read_metrics
 
     return max((record["step"] for record in read_metrics(output / "metrics.jsonl")), default=0)
 
