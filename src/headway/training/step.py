@@ -16,6 +16,7 @@ from torch import Tensor
 from headway.data.loader import Batch
 from headway.functional.targets import count_valid_targets
 from headway.training.optimizers import TrainingOptimizer
+from headway.training.parallel import Parallel
 from headway.training.precision import Precision, forward_precision
 
 
@@ -48,40 +49,47 @@ def optimizer_step(
     precision: Precision,
     gradient_clip: float | None,
     should_stop: Callable[[], bool] = lambda: False,
+    parallel: Parallel | None = None,
 ) -> StepOutcome | None:
     """Accumulate gradients over micro-batches and update once.
 
-    The loss of each offset is the mean over the valid targets of all micro-batches together, so the cut into
-    micro-batches changes neither loss nor gradients. Without a finite loss and gradient nothing is updated.
+    The loss of each offset is the mean over the valid targets of all micro-batches of all processes together, so the cut
+    into micro-batches and processes changes neither loss nor gradients. Without a finite loss and gradient nothing is
+    updated, in any process.
 
     Args:
         model: a `MultiTokenLM` in train mode.
         optimizer: with the step's learning rates set; its gradients are dropped afterwards.
-        micro_batches: of the whole step, on the model's device.
+        micro_batches: of the whole step, on the model's device; of this process, as many as every other one has.
         precision: of the forward; see `headway.training.precision`.
         gradient_clip: largest norm of the gradient; None does not clip.
-        should_stop: asked before each micro-batch.
+        should_stop: asked before each micro-batch; it must say the same in every process.
+        parallel: how the model is trained by several processes; None: by one.
 
     Returns:
         None where `should_stop` said so: nothing was updated and no gradient is left.
     """
     counts_MN = target_counts(micro_batches, num_future_tokens=model.num_future_tokens)
-    counts_N = counts_MN.sum(dim=0)
+    parallel = parallel or Parallel(model)
+    counts_N = parallel.processes.total(counts_MN.sum(dim=0))
     loss = torch.zeros((), device=counts_N.device, dtype=torch.float64)
     sums_N = torch.zeros(counts_N.shape, device=counts_N.device, dtype=torch.float64)
     correct_N = torch.zeros_like(sums_N)
-    for batch, own_N in zip(micro_batches, counts_MN, strict=True):
+    for number, (batch, own_N) in enumerate(zip(micro_batches, counts_MN, strict=True), start=1):
         if should_stop():
             optimizer.zero_grad()
             return None
-        with forward_precision(model, precision):
-            output = model(**batch.model_inputs(), num_valid_targets=counts_N)
-        output.loss.backward()
+        with parallel.accumulating(last=number == len(micro_batches)):
+            with forward_precision(model, precision):
+                output = parallel.forward(**batch.model_inputs(), num_valid_targets=counts_N)
+            output.loss.backward()
         loss += output.loss.detach()
         sums_N += output.loss_per_offset.double() * own_N
         # An objective without right and wrong tokens has no accuracy.
         correct_N += torch.nan if output.num_correct_per_offset is None else output.num_correct_per_offset
-    outcome = _update(optimizer, loss=float(loss), gradient_clip=gradient_clip)
+    totals = parallel.processes.total(torch.cat([loss[None], sums_N, correct_N]))
+    loss, (sums_N, correct_N) = totals[0], totals[1:].chunk(2)
+    outcome = _update(optimizer, parallel, loss=float(loss), gradient_clip=gradient_clip)
     if outcome.loss is None:
         return outcome
     per_offset = tuple((sums_N / counts_N.clamp(min=1)).tolist())
@@ -105,14 +113,15 @@ def target_counts(batches: Sequence[Batch], *, num_future_tokens: int) -> Tensor
     )
 
 
-def _update(optimizer: TrainingOptimizer, *, loss: float, gradient_clip: float | None) -> StepOutcome:
+def _update(
+    optimizer: TrainingOptimizer, parallel: Parallel, *, loss: float, gradient_clip: float | None
+) -> StepOutcome:
     """Clip and apply what has been accumulated, or drop it where loss or gradient are not finite."""
-    gradients = [parameter.grad for parameter in optimizer.parameters if parameter.grad is not None]
-    norm = float(torch.nn.utils.get_total_norm(gradients)) if math.isfinite(loss) else math.nan
+    norm = parallel.gradient_norm(optimizer.parameters) if math.isfinite(loss) else math.nan
     applied = math.isfinite(loss) and math.isfinite(norm)
     if applied:
         if gradient_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(optimizer.parameters, gradient_clip, torch.tensor(norm))
+            parallel.clip_gradients(optimizer.parameters, limit=gradient_clip, norm=norm)
         optimizer.step()
     optimizer.zero_grad()
     return StepOutcome(
