@@ -41,7 +41,8 @@ def held_out_evaluators(
 
     Returns:
         Evaluators whose figures are `nats`, `accuracy`, `bits_per_byte` (lists, offset 1 first),
-        `walk_acceptance_length` (tokens per forward along the held-out text itself) and, with prompts,
+        `walk_acceptance_length` (tokens per forward along the held-out text itself), `walk_acceptance_rate` (list, offset
+        2 first: drafts accepted where all earlier ones were) and, with prompts,
         `decoded_acceptance_length` (tokens per forward of the real decoder, which loops can flatter) and
         `decoded_acceptance_rate` (list, offset 2 first).
 
@@ -65,6 +66,7 @@ def held_out_evaluators(
             accuracy=figures.accuracy,
             bits_per_byte=figures.bits_per_byte,
             walk_acceptance_length=walk.mean_acceptance_length,
+            walk_acceptance_rate=walk.acceptance_rate,
         )
 
     if prompts == 0:
