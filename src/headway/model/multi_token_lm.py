@@ -11,6 +11,7 @@ Legend: B batch, T positions, D width, V vocabulary, N future tokens, L layers o
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
 from typing import Any, ClassVar, cast
@@ -26,16 +27,18 @@ from headway.heads.base import HeadInputs, SplicedHeads
 from headway.heads.build import build_heads
 from headway.heads.parts import BaseParts
 from headway.losses.chunked import MultiTokenLoss
+from headway.losses.objective import TrainingObjective
 from headway.model.checkpoint import load_model, save_heads, save_model
 from headway.model.config import MultiTokenConfig
 from headway.model.decoding_engine import registered_engine
 from headway.model.documents import AttentionMask, isolating_mask_or_cache, positions_from_documents
 from headway.model.families import check_config, check_parity, check_shared_parts, resolve_family
 from headway.model.head_cache import cache_for_heads
-from headway.model.objective import model_loss
+from headway.model.objective import check_objective, cut_off, last_scored, model_loss, scored_weights
 from headway.model.output import MultiTokenOutput, OffsetHiddenStates
 from headway.model.resuming import restore_heads_too
 from headway.model.tap import BaseTap
+from headway.model.teacher import CausalTeacher
 from headway.model.trunk import trunk_config
 
 
@@ -50,6 +53,8 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         mtp_config: what was added.
         family: the parts of the base that the heads use.
         tensor_names: names of the state dict as the model was made, adapters and wrappers not counted.
+        objective: what the heads are trained towards; set it with `train_towards`. Not saved.
+        teacher: whom they learn from, where it is another model. Not saved.
 
     Source: Gloeckle et al. 2024 (arXiv:2404.19737), section 2.
     """
@@ -95,6 +100,8 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         self.name_or_path = base.name_or_path
         self._tap = BaseTap(family.layers, family.norm, self.heads.reading)
         self.post_init()
+        self.objective = TrainingObjective()
+        self.teacher: CausalTeacher | None = None
         # So that the Trainer counts the targets of the next token, as it does for the base.
         self.loss_type = "ForCausalLM"
         self.tensor_names = frozenset(self.state_dict())
@@ -109,6 +116,22 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     def num_future_tokens(self) -> int:
         """N, the next token included."""
         return self.mtp_config.num_future_tokens
+
+    def train_towards(self, objective: TrainingObjective, *, teacher: Any | None = None) -> None:
+        """Choose the objective of every loss from here on, whoever's training loop asks for it.
+
+        Args:
+            objective: see `headway.losses.objective.TrainingObjective`.
+            teacher: another causal LM with the same vocabulary, where the heads shall learn from it instead of from the
+                model's own next-token distribution. It is frozen, used as it is (device, precision), and not saved.
+
+        Raises:
+            ConfigError: an objective that does not fit the model or the teacher.
+            IncompatibleModelError: a teacher of an unsupported family.
+        """
+        chosen = None if teacher is None else CausalTeacher(teacher)
+        check_objective(self, objective, chosen)
+        self.objective, self.teacher = objective, chosen
 
     # ------------------------------------------------------------------------------------------------ building
 
@@ -220,6 +243,7 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         document_ids: Tensor | None = None,
         num_valid_targets: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        offset_weights: Sequence[float] | None = None,
         return_logits: bool | None = None,
         return_future_logits: bool = False,
         logits_to_keep: int | Tensor = 0,
@@ -243,6 +267,9 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             num_items_in_batch: the Hugging Face Trainer's single count of a whole optimizer step, used for every offset
                 where `num_valid_targets` is not given. In eval mode the output then is a plain model's, loss and logits,
                 since the Trainer's evaluation gathers whatever else is there as predictions.
+            offset_weights: loss weights [N] of this pass instead of the configuration's. Heads beyond the last offset with a
+                weight do not run, and no offset with weight 0 is unembedded: its loss is reported as NaN. Without heads
+                (n = 1), further weights score the next-token logits against later tokens.
             return_logits: with labels, logits are None unless asked for.
             return_future_logits: also [B, T, N, V].
             logits_to_keep: only the last so many positions' logits (0 keeps all), or these positions.
@@ -285,7 +312,10 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         )
         if mask is not attention_mask or (labels is not None and use_cache is None):
             use_cache = False
-        all_offsets = labels is not None or return_future_logits
+        weights = scored_weights(self, offset_weights)
+        num_offsets = self.num_future_tokens
+        if not return_future_logits:
+            num_offsets = 1 if labels is None else min(num_offsets, last_scored(weights))
         states = self.offset_hidden_states(
             input_ids,
             attention_mask=mask,
@@ -293,25 +323,24 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            num_offsets=self.num_future_tokens if all_offsets else 1,
+            num_offsets=num_offsets,
             document_ids=document_ids,
             padding_mask=padding_mask,
             **kwargs,
         )
         loss: MultiTokenLoss | None = None
         if labels is not None:
-            counts_N = num_valid_targets
-            if counts_N is None and num_items_in_batch is not None:
-                items = torch.as_tensor(num_items_in_batch, device=source.device)
-                counts_N = items.reshape(-1)[:1].expand(self.num_future_tokens)
             loss = model_loss(
                 self,
                 states,
                 labels,
+                weights=weights,
+                input_ids_BT=input_ids,
+                attention_mask=attention_mask,
                 position_ids_BT=position_ids,
                 document_ids_BT=document_ids,
-                padding_mask_BT=padding_mask,
-                num_valid_targets_N=counts_N,
+                num_valid_targets_N=num_valid_targets,
+                num_items_in_batch=num_items_in_batch,
             )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         future_logits = logits = None
@@ -331,6 +360,9 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             logits=logits,
             loss_per_offset=None if loss is None or plain_output else loss.per_offset_N,
             num_correct_per_offset=None if loss is None or plain_output else loss.num_correct_N,
+            objective_per_offset=None
+            if loss is None or plain_output or not self.objective.distills
+            else loss.objective_per_offset_N,
             future_logits=future_logits,
             past_key_values=states.past_key_values,
             hidden_states=states.hidden_states,
@@ -409,7 +441,9 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
                 attention_mask_BT=padding_mask,
             )
 
-        with self._tap.armed(splice=heads.splice if isinstance(heads, SplicedHeads) and heads.num_heads else None) as tap:
+        with self._tap.armed(
+            splice=heads.splice if isinstance(heads, SplicedHeads) and heads.num_heads else None
+        ) as tap:
             decoder_output = self.family.decoder(**arguments, **kwargs)
             inputs = HeadInputs(
                 hidden_BTD=tap.reading(decoder_output[0]),
@@ -418,6 +452,8 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
                 following=following,
                 spliced=tap.spliced,
             )
+        if self.objective.detach_trunk != "off":
+            inputs = cut_off(inputs)
         future: tuple[Tensor, ...] = ()
         if wanted > 1:
             # A growing cache cannot take back what heads compute from tokens that are not there yet.

@@ -18,12 +18,13 @@ class MultiTokenOutput(ModelOutput):  # type: ignore[misc]
     Attributes:
         loss: scalar, sum over offsets of weight x mean nats over that offset's valid targets.
         logits: [B, T, V] of offset 1, the plain model's.
-        loss_per_offset: detached mean nats per offset [N].
+        loss_per_offset: detached mean nats per offset [N], whatever the objective; NaN where an offset's weight is 0.
         future_logits: [B, T, N, V]; index 0 is offset 1.
         past_key_values: the cache, where one was used.
         hidden_states: the base's own, where asked for.
         attentions: the base's own, where asked for.
         num_correct_per_offset: valid targets of each offset that no other token outscores, int64 [N]; a tie counts as correct.
+        objective_per_offset: like loss_per_offset, what is trained; only where heads are distilled.
     """
 
     loss: Tensor | None = None
@@ -34,6 +35,7 @@ class MultiTokenOutput(ModelOutput):  # type: ignore[misc]
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     num_correct_per_offset: Tensor | None = None
+    objective_per_offset: Tensor | None = None
 
 
 @dataclass(frozen=True)

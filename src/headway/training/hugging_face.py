@@ -5,6 +5,7 @@ Not needed to train: `transformers.Trainer` itself trains, saves and resumes a `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -90,7 +91,7 @@ class MultiTokenTrainer(Trainer):  # type: ignore[misc]
             inputs = {**inputs, "num_valid_targets": counts_N, "return_logits": not prediction_loss_only}
         if ignore_keys is None:
             ignore_keys = list(getattr(self.model.config, "keys_to_ignore_at_inference", ["past_key_values"]))
-        own = ["loss_per_offset", "num_correct_per_offset"]
+        own = ["loss_per_offset", "num_correct_per_offset", "objective_per_offset"]
         return super().prediction_step(model, inputs, prediction_loss_only, [*ignore_keys, *own])
 
     # ------------------------------------------------------------------------------------------------ what is seen
@@ -133,7 +134,7 @@ class MultiTokenTrainer(Trainer):  # type: ignore[misc]
         return {
             f"{name}_offset_{offset}": nats / targets
             for offset, (nats, targets) in enumerate(zip(nats_N, targets_N, strict=True), start=1)
-            if targets
+            if targets and not math.isnan(nats)  # an offset without a weight is not computed
         }
 
     def _no_sums(self) -> Tensor:
