@@ -1,0 +1,189 @@
+"""One decoder layer of the llama-like families: few fused products, the ragged cache, no module calls.
+
+Legend: B rows, M positions of one forward, D width, H query heads, K key/value heads, G = H / K, d width of a head, r rotated
+part of d, S visible slots.
+
+    pre-norm (llama, mistral, qwen2, qwen3, phi3):   x = x + attention(norm(x)),   x = x + mlp(norm(x))
+    post-norm (olmo2):                               x = x + norm(attention(x)),   x = x + norm(mlp(x))
+    mlp(x) = down(act(gate(x)) * up(x))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from headway.decoding.lean.linear import FusedLinear, can_pack
+from headway.functional.rotary import rotate
+
+
+@dataclass
+class LeanPass:
+    """What all layers of one forward share.
+
+    Attributes:
+        cos: [B or 1, M, 1, r], as the family's own rotary embedding gives it.
+        sin: likewise, its first half negated.
+        masks: per attention window an additive mask [B or 1, 1, M, S]; None where every query sees all visible slots. An
+            empty mapping is a causal pass from slot 0.
+        cache: of `headway.decoding.cache`; None attends within the pass.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    masks: dict[int | None, Tensor | None]
+    cache: Any
+
+
+class RMSNorm:
+    """x / rms(x) * weight, rounded as the family rounds it."""
+
+    def __init__(self, module: Any, *, weight: Tensor | None = None) -> None:
+        self._weight = module.weight.detach() if weight is None else weight
+        self._eps = float(module.variance_epsilon)
+        # olmo2 multiplies before it rounds.
+        self._weight_first = type(module).__name__ == "Olmo2RMSNorm"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        if x.dtype == torch.float32 and self._weight.ndim == 1:
+            return F.rms_norm(x, self._weight.shape, self._weight, self._eps)
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self._eps)
+        if self._weight_first:
+            return (self._weight * normed).to(x.dtype)
+        return self._weight * normed.to(x.dtype)
+
+
+class LeanLayer:
+    """The weights of one decoder layer, fused, and its forward.
+
+    Attributes:
+        num_bytes: of the copies made for it.
+    """
+
+    def __init__(self, layer: Any, *, window: int | None, pack: bool | None = None) -> None:
+        """Read a layer of an admitted family (`headway.decoding.lean.admission`).
+
+        Args:
+            layer: the family's module; its weights are not changed.
+            window: tokens that a position sees, itself included; None for all.
+            pack: use packed products; None where they exist.
+        """
+        attention, mlp = layer.self_attn, layer.mlp
+        config = attention.config
+        self._width = int(attention.head_dim)
+        self._heads = int(config.num_attention_heads)
+        self._kv_heads = int(config.num_key_value_heads)
+        self._groups = self._heads // self._kv_heads
+        self._scale = float(attention.scaling)
+        self._window = window
+        pack = can_pack(attention.o_proj.weight) if pack is None else pack
+        qkv = (
+            [attention.qkv_proj] if hasattr(attention, "qkv_proj") else _three(attention, "q_proj", "k_proj", "v_proj")
+        )
+        gate_up = [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
+        self._qkv, self._out = FusedLinear(qkv, pack=pack), FusedLinear([attention.o_proj], pack=pack)
+        self._gate_up, self._down = FusedLinear(gate_up, pack=pack), FusedLinear([mlp.down_proj], pack=pack)
+        self.num_bytes = sum(map(_bytes, (self._qkv, self._out, self._gate_up, self._down)))
+        self._act: Callable[[Tensor], Tensor] = getattr(mlp, "act_fn", None) or mlp.activation_fn
+        self._post_norm = not hasattr(layer, "input_layernorm")
+        if self._post_norm:
+            self._attention_norm = RMSNorm(layer.post_attention_layernorm)
+            self._mlp_norm = RMSNorm(layer.post_feedforward_layernorm)
+        else:
+            self._attention_norm = RMSNorm(layer.input_layernorm)
+            self._mlp_norm = RMSNorm(layer.post_attention_layernorm)
+        self._full_norms: tuple[RMSNorm, RMSNorm] | None = None
+        self._head_norm: RMSNorm | None = None
+        if hasattr(attention, "q_norm"):
+            q_weight, k_weight = attention.q_norm.weight.detach(), attention.k_norm.weight.detach()
+            if q_weight.shape[0] == self._width and self._post_norm is False:
+                both_Xd = torch.cat((q_weight.expand(self._heads, -1), k_weight.expand(self._kv_heads, -1)))
+                self._head_norm = RMSNorm(attention.q_norm, weight=both_Xd)
+            else:
+                self._full_norms = (RMSNorm(attention.q_norm), RMSNorm(attention.k_norm))
+
+    def __call__(self, hidden_BMD: Tensor, run: LeanPass, *, cache_index: int) -> Tensor:
+        """The layer's output [B, M, D]; keys and values go to layer `cache_index` of the pass's cache."""
+        if self._post_norm:
+            hidden_BMD = hidden_BMD + self._attention_norm(self._attend(hidden_BMD, run, cache_index))
+            return hidden_BMD + self._mlp_norm(self._feed_forward(hidden_BMD))
+        hidden_BMD = hidden_BMD + self._attend(self._attention_norm(hidden_BMD), run, cache_index)
+        return hidden_BMD + self._feed_forward(self._mlp_norm(hidden_BMD))
+
+    def _feed_forward(self, x_BMD: Tensor) -> Tensor:
+        gate_BMF, up_BMF = self._gate_up(x_BMD).chunk(2, dim=-1)
+        return self._down(self._act(gate_BMF) * up_BMF)
+
+    def _attend(self, x_BMD: Tensor, run: LeanPass, cache_index: int) -> Tensor:
+        batch, positions, _ = x_BMD.shape
+        qkv_BMX = self._qkv(x_BMD)
+        rotated = self._heads + self._kv_heads
+        if self._full_norms is not None:
+            widths = [count * self._width for count in (self._heads, self._kv_heads, self._kv_heads)]
+            q_BMX, k_BMX, v_BMX = torch.split(qkv_BMX, widths, dim=-1)
+            qkv_BMX = torch.cat((self._full_norms[0](q_BMX), self._full_norms[1](k_BMX), v_BMX), dim=-1)
+        qkv_BMXd = qkv_BMX.view(batch, positions, -1, self._width)
+        qk_BMXd, v_BMKd = qkv_BMXd[:, :, :rotated], qkv_BMXd[:, :, rotated:]
+        if self._head_norm is not None:
+            qk_BMXd = self._head_norm(qk_BMXd)
+        qk_BMXd = rotate(qk_BMXd, run.cos, run.sin)
+        q_BMHd = qk_BMXd[:, :, : self._heads]
+        keys_BKSd, values_BKSd = qk_BMXd[:, :, self._heads :].transpose(1, 2), v_BMKd.transpose(1, 2)
+        if run.cache is not None:
+            keys_BKSd, values_BKSd = run.cache.update(keys_BKSd, values_BKSd, cache_index)
+        if run.masks:
+            mixed_BMX = self._attend_to_cache(q_BMHd, keys_BKSd, values_BKSd, run.masks[self._window])
+        else:
+            mixed_BMX = self._attend_causally(q_BMHd, keys_BKSd, values_BKSd)
+        return self._out(mixed_BMX)
+
+    def _attend_causally(self, q_BMHd: Tensor, keys_BKSd: Tensor, values_BKSd: Tensor) -> Tensor:
+        """A pass from slot 0: position i sees slots up to i, `window` of them at most."""
+        batch, positions = q_BMHd.shape[:2]
+        mask = None
+        if self._window is not None and positions > self._window:
+            index_M = torch.arange(positions, device=q_BMHd.device)
+            gap_MS = index_M[:, None] - index_M
+            mask = (gap_MS >= 0) & (gap_MS < self._window)
+        mixed_BHMd = F.scaled_dot_product_attention(
+            q_BMHd.transpose(1, 2),
+            keys_BKSd[:, :, :positions].repeat_interleave(self._groups, dim=1),
+            values_BKSd[:, :, :positions].repeat_interleave(self._groups, dim=1),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self._scale,
+        )
+        return mixed_BHMd.transpose(1, 2).reshape(batch, positions, -1)
+
+    def _attend_to_cache(
+        self, q_BMHd: Tensor, keys_BKSd: Tensor, values_BKSd: Tensor, mask_B1MS: Tensor | None
+    ) -> Tensor:
+        """Query heads of a group read the same keys, so they stand in line as further positions: keys are read once."""
+        batch, positions = q_BMHd.shape[:2]
+        if self._groups == 1:
+            mixed_BHMd = F.scaled_dot_product_attention(
+                q_BMHd.transpose(1, 2), keys_BKSd, values_BKSd, attn_mask=mask_B1MS, scale=self._scale
+            )
+            return mixed_BHMd.transpose(1, 2).reshape(batch, positions, -1)
+        shape = (batch, positions, self._kv_heads, self._groups, self._width)
+        # [B, K, G * M, d]
+        queries = q_BMHd.reshape(shape).permute(0, 2, 3, 1, 4).reshape(batch, self._kv_heads, -1, self._width)
+        mask = None if mask_B1MS is None else mask_B1MS.repeat(1, 1, self._groups, 1)
+        mixed = F.scaled_dot_product_attention(queries, keys_BKSd, values_BKSd, attn_mask=mask, scale=self._scale)
+        mixed = mixed.view(batch, self._kv_heads, self._groups, positions, self._width)
+        return mixed.permute(0, 3, 1, 2, 4).reshape(batch, positions, -1)
+
+
+def _three(module: nn.Module, *names: str) -> list[nn.Linear]:
+    return [getattr(module, name) for name in names]
+
+
+def _bytes(linear: FusedLinear) -> int:
+    return linear.num_bytes

@@ -1,0 +1,214 @@
+"""`LeanModel`: base and heads of a `MultiTokenLM` on fused decoder blocks, with the calls that the executor makes.
+
+Legend: B rows, M positions of one forward, D width, V vocabulary, L layers of the base.
+
+The Hugging Face model stays the truth: `LeanModel` holds copies of its weights in another layout, is admitted only when its
+logits agree (`headway.decoding.lean.admission`), and is made anew when a weight has changed. Heads run as they are, whatever
+their architecture: where they call a decoder layer of the family, they get the lean one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from headway.decoding.cache import attention_windows
+from headway.decoding.lean.layer import LeanLayer, LeanPass, RMSNorm
+from headway.decoding.lean.linear import FusedLinear, can_pack
+from headway.functional.rotary import signed_sine
+from headway.heads.base import HeadInputs, LayerCall, Reading
+from headway.model.output import OffsetHiddenStates
+
+
+@dataclass(frozen=True)
+class LeanCall(LayerCall):
+    """A layer call that runs lean layers in place of the family's.
+
+    Attributes:
+        run: what the layers of this forward share.
+        layers: id of a family layer -> its lean counterpart.
+    """
+
+    run: LeanPass
+    layers: dict[int, LeanLayer]
+
+    def replay(self, layer: nn.Module, hidden_BTD: Tensor | None = None) -> Tensor:
+        """See `LayerCall.replay`."""
+        index = cast(Any, layer).self_attn.layer_idx
+        hidden_BMD = self.hidden_BTD if hidden_BTD is None else hidden_BTD
+        return self.layers[id(layer)](hidden_BMD, self.run, cache_index=index)
+
+    def without_cache(self) -> LeanCall:
+        """See `LayerCall.without_cache`."""
+        run = LeanPass(self.run.cos, self.run.sin, self.run.masks, None)
+        return LeanCall(self.hidden_BTD, self.args, self.kwargs, run, self.layers)
+
+
+class LeanModel:
+    """What `headway.decoding.executor` asks of a model, on lean layers; without gradients.
+
+    Attributes:
+        config: the base's.
+        heads: the model's own.
+        num_bytes: of the copies of weights.
+        versions: of the weights when they were read.
+    """
+
+    def __init__(self, model: Any, *, pack: bool | None = None) -> None:
+        """Read the weights of a `MultiTokenLM` of an admitted family.
+
+        Args:
+            model: in eval behaviour during every call.
+            pack: use packed products; None where they exist.
+        """
+        self._model = model
+        self.config = model.config
+        self.heads = model.heads
+        self.versions = weight_versions(model)
+        base_layers, head_layers = list(model.family.layers), list(model.heads.decoder_layers)
+        windows = attention_windows(model.config, num_heads=0)
+        self._base = [
+            LeanLayer(layer, window=window, pack=pack) for layer, window in zip(base_layers, windows, strict=True)
+        ]
+        heads = [LeanLayer(layer, window=windows[-1], pack=pack) for layer in head_layers]
+        self._lean = dict(zip(map(id, [*base_layers, *head_layers]), [*self._base, *heads], strict=True))
+        self._windows = set(windows)
+        self._norm = RMSNorm(model.family.norm)
+        unembedding = model.family.lm_head
+        pack = can_pack(unembedding.weight) if pack is None else pack
+        self._unembedding = FusedLinear([unembedding], pack=pack)
+        own = [model.heads.unembedding(offset) for offset in range(2, model.num_future_tokens + 1)]
+        self._own = [None if linear is None else FusedLinear([linear], pack=pack) for linear in own]
+        self.num_bytes = (
+            sum(layer.num_bytes for layer in self._lean.values())
+            + self._unembedding.num_bytes
+            + sum(linear.num_bytes for linear in self._own if linear is not None)
+        )
+        self._cos_sin: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def num_future_tokens(self) -> int:
+        """N."""
+        return int(self._model.num_future_tokens)
+
+    @property
+    def up_to_date(self) -> bool:
+        """Whether the weights are still those that were read."""
+        return weight_versions(self._model) == self.versions
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The base's token embeddings."""
+        return cast(nn.Module, self._model.get_input_embeddings())
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """The base's final norm."""
+        return self._norm(hidden)
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        """See `MultiTokenLM.unembed`."""
+        return cast(Tensor, self._model.family.soft_cap(self._unembedding(hidden)))
+
+    def offset_logits(self, hidden: Tensor, *, offset: int, previous: Tensor | None = None) -> Tensor:
+        """See `MultiTokenLM.offset_logits`; `previous` are real tokens here."""
+        if offset > 1 and self.heads.uses_final_norm:
+            hidden = self._norm(hidden)
+        own = None if offset == 1 else self._own[offset - 2]
+        logits = (own or self._unembedding)(hidden)
+        if offset > 1 and self.heads.markov is not None:
+            logits = logits + self.heads.markov(previous)
+        return cast(Tensor, self._model.family.soft_cap(logits))
+
+    def offset_hidden_states(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Any,
+        position_ids: Tensor,
+        past_key_values: Any,
+        use_cache: bool = True,
+        num_offsets: int | None = None,
+    ) -> OffsetHiddenStates:
+        """See `MultiTokenLM.offset_hidden_states`.
+
+        Args:
+            input_ids: [B, M].
+            attention_mask: additive, one or one per layer type; None for a causal pass from slot 0, and for a single
+                position that sees all visible slots.
+            position_ids: [B or 1, M].
+            past_key_values: a `RaggedCache`.
+            use_cache: always on here.
+            num_offsets: heads beyond this offset are not run.
+        """
+        run = self._begin(input_ids, attention_mask, position_ids, past_key_values)
+        hidden_BMD: Tensor = self.get_input_embeddings()(input_ids)
+        inputs_of: list[Tensor] = []
+        call: LeanCall | None = None
+        spliced: tuple[Tensor, ...] = ()
+        last = len(self._base) - 1
+        for index, layer in enumerate(self._base):
+            inputs_of.append(hidden_BMD)
+            if index == last:
+                call = LeanCall(hidden_BMD, (), {}, run, self._lean)
+                if self.heads.changes_base and self.heads.num_heads:
+                    spliced = self.heads.splice(call)
+                    hidden_BMD = spliced[0]
+            hidden_BMD = layer(hidden_BMD, run, cache_index=index)
+        last_hidden_BMD = self._norm(hidden_BMD)
+        assert call is not None
+        inputs = HeadInputs(
+            hidden_BTD=self._reading([*inputs_of, hidden_BMD], last_hidden_BMD),
+            call=call,
+            embed=self.get_input_embeddings(),
+            spliced=spliced,
+        )
+        wanted = self.num_future_tokens if num_offsets is None else num_offsets
+        future = self.heads.future_hidden(inputs, num_heads=wanted - 1) if wanted > 1 else ()
+        return OffsetHiddenStates(
+            last_hidden_BTD=last_hidden_BMD,
+            future_hidden=future,
+            head_inputs=inputs if self.heads.autoregressive else None,
+            past_key_values=past_key_values,
+        )
+
+    def _reading(self, states: list[Tensor], last_hidden_BMD: Tensor) -> Tensor:
+        """Where the heads read: item i of `states` is what layer i gets, the last one what the last layer gives."""
+        reading: Reading = self.heads.reading
+        if reading.point == "layer_input":
+            return states[-2 - reading.layers_back]
+        if reading.point == "layer_inputs":
+            return torch.cat([states[index] for index in reading.layers], dim=-1)
+        if reading.point == "final_residual":
+            return states[-1]
+        return self._norm(states[-1 - reading.layers_back]) if reading.layers_back else last_hidden_BMD
+
+    def _begin(self, input_ids: Tensor, attention_mask: Any, position_ids: Tensor, cache: Any) -> LeanPass:
+        cos, sin = self._rotary(int(cache.capacity) if cache is not None else int(position_ids.max()) + 1)
+        # One gather for all layers; the head axis is for broadcasting.
+        cos, sin = cos[position_ids][:, :, None], sin[position_ids][:, :, None]
+        return LeanPass(cos, sin, self._masks(attention_mask, positions=input_ids.shape[1]), cache)
+
+    def _masks(self, attention_mask: Any, *, positions: int) -> dict[int | None, Tensor | None]:
+        if attention_mask is None:
+            return {} if positions > 1 else dict.fromkeys(self._windows)
+        if isinstance(attention_mask, dict):
+            window = getattr(self.config, "sliding_window", None)
+            return {window if kind == "sliding_attention" else None: mask for kind, mask in attention_mask.items()}
+        return dict.fromkeys(self._windows, attention_mask)
+
+    def _rotary(self, positions: int) -> tuple[Tensor, Tensor]:
+        """Tables [positions or more, r] made by the family's own module."""
+        if self._cos_sin is None or self._cos_sin[0].shape[0] < positions:
+            like = self._model.family.lm_head.weight[:1, :1]
+            length = 1 << max(6, (positions - 1).bit_length())
+            index_1C = torch.arange(length, device=like.device)[None]
+            cos_1Cr, sin_1Cr = self._model.family.decoder.rotary_emb(like, index_1C)
+            self._cos_sin = cos_1Cr[0], signed_sine(sin_1Cr[0])
+        return self._cos_sin
+
+
+def weight_versions(model: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Where each weight lies and how often it was written: another value means that a copy of the weights is stale."""
+    return tuple((tensor.data_ptr(), tensor._version) for tensor in model.parameters())
