@@ -1,112 +1,90 @@
-"""What a person sees while a run trains: a progress bar on a terminal, plain lines elsewhere."""
+"""What a person sees while a run trains: one screen on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from datetime import timedelta
-from typing import Any
-
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.live import Live
 
 from headway.training.events import CheckpointWritten, EvaluationDone, Event, Notice, RunEnded, RunStarted, StepDone
+from headway.training.figures_in_words import describe_figures, duration, memory, mix, percent, weights
+from headway.training.screen import Screen
+from headway.training.standing import Standing
 
 
 class TrainingProgress:
     """A listener of `train` that draws on a console.
 
-    On a terminal one line moves: steps, loss per offset, tokens per second and the time left. Where output is piped,
-    each logged step is one plain line. Evaluations and findings are lines of their own in both.
+    On a terminal one screen moves: losses, accuracies and acceptances per offset, speed, memory, the time left. Where
+    output is piped, each logged step is one plain line. Evaluations and findings are lines of their own in both.
     """
 
     def __init__(self, console: Console) -> None:
         """Draw on `console`, which should be on stderr."""
         self._console = console
-        self._started: RunStarted | None = None
-        self._progress: Progress | None = None
-        self._task: TaskID | None = None
+        self._standing = Standing()
+        self._live: Live | None = None
 
     def __call__(self, event: Event) -> None:
         """Show an event."""
+        self._standing.take(event)
         match event:
             case RunStarted():
-                self._start(event)
+                self._start()
             case StepDone():
-                self._step(event)
+                if self._live is None and event.logged:
+                    self._line(step_line(self._standing))
             case EvaluationDone():
                 self._line(f"step {event.step}: {describe_figures(event.values)}")
             case Notice():
                 self._line(event.text)
             case CheckpointWritten():
-                if self._progress is None:
+                if self._live is None:
                     self._line(f"step {event.step}: checkpoint written")
             case RunEnded():
                 self.close()
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        """Leave the terminal as it was, with the last screen on it."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
-    def _start(self, event: RunStarted) -> None:
-        self._started = event
+    def _start(self) -> None:
         if not self._console.is_terminal:
             return
-        self._progress = Progress(
-            TextColumn("step {task.completed}/{task.total}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(),
-            console=self._console,
-            refresh_per_second=4,
-        )
-        self._task = self._progress.add_task(
-            "training", total=event.steps, completed=event.first_step - 1, figures="first step ..."
-        )
-        self._progress.start()
-
-    def _step(self, event: StepDone) -> None:
-        assert self._started is not None, "RunStarted comes before the first step"
-        figures = step_figures(event, self._started)
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=event.step, figures=figures)
-        elif event.logged:
-            self._line(f"step {event.step}/{self._started.steps}  {figures}")
+        self._live = Live(Screen(self._standing), console=self._console, refresh_per_second=4)
+        self._live.start()
 
     def _line(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def step_figures(event: StepDone, run: RunStarted) -> str:
-    """Loss per offset, speed and time left of a step, in words."""
-    if event.loss_per_offset is None:
-        loss = "loss not finite"
+def step_line(standing: Standing) -> str:
+    """The newest step in one line: loss in all and per offset, accuracy, speed, memory, the time left."""
+    run, step = standing.run, standing.step
+    assert run is not None and step is not None, "RunStarted comes before the first step"
+    parts = [f"step {step.step}/{run.steps}"]
+    if step.loss is None or step.loss_per_offset is None:
+        parts.append("loss not finite")
+    elif len(step.loss_per_offset) == 1:
+        parts.append(f"loss {step.loss:.3f}")
     else:
-        loss = f"loss {' '.join(f'{nats:.3f}' for nats in event.loss_per_offset)}"
-    remaining = (run.steps - event.step) * run.tokens_per_step
-    left = timedelta(seconds=round(remaining / event.tokens_per_second)) if event.tokens_per_second else "?"
-    skipped = f"  skipped {event.skipped_steps}" if event.skipped_steps else ""
-    return f"{loss}  {event.tokens_per_second:,.0f} tokens/s  ETA {left}{skipped}"
-
-
-def describe_figures(values: Mapping[str, Any]) -> str:
-    """Figures of an evaluation as one line.
-
-    >>> describe_figures({"nats": [1.25, 2.0], "walk_acceptance_length": 1.75})
-    'nats 1.250 2.000; walk_acceptance_length 1.750'
-    """
-    return "; ".join(f"{name} {_numbers(value)}" for name, value in values.items() if _is_figure(value))
-
-
-def _is_figure(value: Any) -> bool:
-    items = value if isinstance(value, list | tuple) else [value]
-    return all(item is None or isinstance(item, int | float) for item in items)
-
-
-def _numbers(value: Any) -> str:
-    if isinstance(value, Sequence):
-        return " ".join(_numbers(item) for item in value)
-    if value is None:
-        return "-"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+        parts.append(f"loss {step.loss:.3f} = {' + '.join(f'{nats:.3f}' for nats in step.loss_per_offset)}")
+    if step.offset_weights is not None and (shown := weights(step.offset_weights)) is not None:
+        parts[-1] = parts[-1].replace(" = ", ": ").replace(" + ", " ")
+        parts.append(f"weights {shown}")
+    if step.accuracy_per_offset is not None:
+        parts.append(f"accuracy {' '.join(f'{100 * share:.1f}' for share in step.accuracy_per_offset)} %")
+    if step.gradient_norm is not None:
+        parts.append(f"gradient {step.gradient_norm:.3g}")
+    parts += [f"rate {step.learning_rate:.3g}", f"{step.tokens_per_second:,.0f} tokens/s"]
+    if step.mfu is not None:
+        parts.append(f"MFU {percent(step.mfu)}")
+    if (held := memory(step.resident_bytes, step.gpu_peak_bytes)) is not None:
+        parts.append(held)
+    parts.append(f"ETA {duration(standing.seconds_left)}")
+    if step.skipped_steps:
+        parts.append(f"skipped {step.skipped_steps}")
+    if step.data_mix is not None:
+        parts.append(f"data {mix(step.data_mix)}")
+    return "  ".join(parts)
