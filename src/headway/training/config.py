@@ -15,8 +15,9 @@ from headway.data.source_spec import parse_source, source_lines
 from headway.training.config_checks import check_together
 from headway.training.fields import check_limits, field_specs, option, parse_value
 
-MODEL, DATA, OPTIMIZATION, COMPUTE, OUTPUT = (
+MODEL, LOSS, DATA, OPTIMIZATION, COMPUTE, OUTPUT = (
     "Model",
+    "Loss",
     "Data",
     "Optimization",
     "Compute",
@@ -109,10 +110,50 @@ class TrainConfig:
         "off, they come on top.", group=MODEL, on_resume="refuse")
     offset_weights: tuple[float, ...] | None = option(
         None, "Loss weight of each offset, the next token first; none: all 1, as in the paper.",
-        group=MODEL, at_least=0)
+        group=LOSS, at_least=0)
+    head_weight_decay: float | None = option(
+        None, "Loss weight of offset k as a power, decay^(k-1), instead of a list (Medusa: 0.8).",
+        group=LOSS, above=0)
+    normalize_head_weights: bool = option(
+        False, "Scale the weights beyond the next token to a sum of 1 before head_weight (DeepSeek-V3, FastMTP).",
+        group=LOSS)
+    head_weight: float = option(
+        1.0, "Factor on the loss weights beyond the next token.", group=LOSS, at_least=0)
+    later_token_weights: tuple[float, ...] | None = option(
+        None, "With num_future_tokens 1: score the next-token logits against the tokens 2, 3, ... ahead too, with these "
+        "weights; the model stays plain.", group=LOSS, at_least=0)
+    weight_schedule: Literal[
+        "constant", "linear", "sine", "step", "forward_curriculum", "reverse_curriculum", "fade"
+    ] = option(
+        "constant", "How the weights beyond the next token change: risen linearly or as a sine from 0, stepped to "
+        "head_weight_after, heads added one by one (forward_curriculum), dropped (reverse_curriculum) or faded out.",
+        group=LOSS)
+    weight_schedule_fraction: float = option(
+        1.0, "Share of the run in which the schedule takes place; linear with 0.1 is a warm-up of the heads.",
+        unit="fraction of steps", group=LOSS, above=0)
+    head_weight_after: float | None = option(
+        None, "weight_schedule step: head_weight from then on (DeepSeek-V3: 0.3, then 0.1).", group=LOSS, at_least=0)
+    objective: Literal[
+        "cross_entropy", "kl", "reverse_kl", "total_variation", "log_acceptance", "hybrid"
+    ] = option(
+        "cross_entropy", "Loss of the offsets beyond the next token: cross-entropy, or a divergence from a next-token "
+        "distribution at the shifted position, the model's own or the teacher's; docs/guides/objectives.md.", group=LOSS)
+    cross_entropy_share: float = option(
+        0.0, "Share of the cross-entropy in a distilled loss; the divergence has the rest.",
+        group=LOSS, at_least=0, below=1)
+    distillation_temperature: float = option(
+        1.0, "Temperature of both distributions in a divergence.", group=LOSS, above=0)
+    teacher: str | None = option(
+        None, "Folder or hub name of a causal LM with the same tokenizer that teaches instead of the model itself.",
+        group=LOSS)
+    distill_next_token: bool = option(
+        False, "Distil the next token too; needs a teacher.", group=LOSS)
+    detach_trunk: Literal["off", "on", "hidden-states"] = option(
+        "off", "on: nothing of the base feels the heads; hidden-states: only the norm and the unembedding that they share "
+        "with it do.", group=LOSS)
     loss_chunk_tokens: int = option(
         1024, "Rows of logits alive at once in the loss.",
-        unit="tokens", group=MODEL, at_least=1, on_resume="free")
+        unit="tokens", group=LOSS, at_least=1, on_resume="free")
 
     data: tuple[str, ...] = option(
         ("stdlib",), "Text to train on: a file, folder, glob, hf:DATASET, or 'stdlib' (the running Python's standard "
@@ -141,12 +182,13 @@ class TrainConfig:
         group=DATA, on_resume="free")
     sequence_length: int = option(
         256, "Length of a packed training row.", unit="tokens", group=DATA, at_least=2, on_resume="refuse")
-    batch_size: int = option(16, "Rows per micro-batch.", unit="rows", group=DATA, at_least=1)
+    batch_size: int = option(
+        16, "Rows per micro-batch of each process.", unit="rows", group=DATA, at_least=1)
     loader_workers: int = option(
         0, "Threads that make batches ahead of the step; the batches do not depend on them.",
         unit="threads", group=DATA, at_least=0, on_resume="free")
     gradient_accumulation_steps: int = option(
-        1, "Micro-batches per optimizer step; the loss is the mean over all of them.",
+        1, "Micro-batches of each process per optimizer step; the loss is the mean over all of them.",
         unit="micro-batches", group=DATA, at_least=1)
 
     steps: int = option(
@@ -187,6 +229,9 @@ class TrainConfig:
         "skipped.", unit="steps", group=OPTIMIZATION, at_least=1, on_resume="free")
 
     device: str = option("auto", "Device to train on: auto, cpu, cuda or cuda:N.", group=COMPUTE)
+    parallel: Literal["auto", "none", "ddp", "fsdp"] = option(
+        "auto", "With torchrun: ddp (every process has the whole model) or fsdp (each has a shard of it); auto: none on "
+        "one process, ddp on several; docs/guides/distributed.md.", group=COMPUTE)
     precision: Literal["float32", "bfloat16", "bfloat16-residual"] = option(
         "float32", "bfloat16: matrix products in bfloat16 (autocast), weights and optimizer stay float32; "
         "bfloat16-residual: the residual stream too, a little faster.", group=COMPUTE)
@@ -253,12 +298,12 @@ class TrainConfig:
 
     @property
     def rows_per_step(self) -> int:
-        """Packed rows that one optimizer step consumes."""
+        """Packed rows that one process consumes in one optimizer step; see `headway.training.step_shape` for several."""
         return self.batch_size * self.gradient_accumulation_steps
 
     @property
     def tokens_per_step(self) -> int:
-        """Input tokens that one optimizer step consumes."""
+        """Input tokens that one process consumes in one optimizer step."""
         return self.rows_per_step * self.sequence_length
 
     @property

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from headway.errors import ConfigError
 from headway.heads.options import check_options, decoder_layers, options_from
 from headway.training.best import parse_figure
+from headway.training.loss_options import check_loss_options
 
 if TYPE_CHECKING:
     from headway.training.config import TrainConfig
@@ -20,6 +21,7 @@ def check_together(config: TrainConfig) -> None:
     """
     _check_model(config)
     _check_data(config)
+    check_loss_options(config)
     if config.warmup_steps is not None and config.warmup_fraction is not None:
         raise ConfigError(
             f"warmup_steps={config.warmup_steps} and warmup_fraction={config.warmup_fraction:g} both give "
@@ -113,12 +115,6 @@ def _check_model(config: TrainConfig) -> None:
             "num_future_tokens must be at most num_layers, which counts the head layers: got "
             f"num_future_tokens={config.num_future_tokens}, whose heads have {taken} layers, and "
             f"num_layers={config.num_layers}; lower num_future_tokens or raise num_layers"
-        )
-    if config.offset_weights is not None and len(config.offset_weights) != config.num_future_tokens:
-        raise ConfigError(
-            f"offset_weights needs one weight per offset: got {len(config.offset_weights)} for "
-            f"num_future_tokens={config.num_future_tokens}; pass {config.num_future_tokens} numbers, the "
-            "next token first"
         )
 
 

@@ -17,6 +17,7 @@ from headway.model.multi_token_lm import MultiTokenLM
 from headway.model.sizes import PAPER_SIZES, feed_forward_width
 from headway.training.config import TrainConfig
 from headway.training.fields import nearest
+from headway.training.loss_options import weight_plan
 
 # A context that fits a few training rows: positions beyond the training length are never trained.
 _POSITIONS_PER_TRAINING_LENGTH = 4
@@ -26,13 +27,21 @@ def multi_token_config(config: TrainConfig) -> MultiTokenConfig:
     """What is added to the base."""
     return MultiTokenConfig(
         num_future_tokens=config.num_future_tokens,
-        offset_weights=config.offset_weights,
+        offset_weights=_saved_weights(config),
         loss_chunk_tokens=config.loss_chunk_tokens,
         # a pretrained base has something for heads to start from
         head_init="fresh" if config.init_from is None else "copy",
         heads=config.heads,
         **asdict(options_from(config)),
     )
+
+
+def _saved_weights(config: TrainConfig) -> tuple[float, ...] | None:
+    """The weights at full strength, for whoever trains the saved model on; None where all are 1 and none were given."""
+    weights = weight_plan(config).weights
+    if len(weights) != config.num_future_tokens:
+        return None
+    return config.offset_weights if set(weights) == {1.0} else weights
 
 
 def fresh_model(config: TrainConfig, shape: Any) -> MultiTokenLM:

@@ -23,6 +23,9 @@ from headway.training.muon_sharing import ReplicatedSharing, ShardedSharing
 
 ParameterKind = Literal["matrix", "embedding", "vector"]
 
+_RESTING = "resting"
+"""In place of a moment's name in the state of a parameter that has none."""
+
 
 def parameter_kinds(model: Any) -> dict[str, ParameterKind]:
     """The kind of every parameter that is trained, by its name in `model.named_parameters()`.
@@ -105,6 +108,11 @@ class TrainingOptimizer:
         return list(self._parameters.values())
 
     @property
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """They by their names in the model."""
+        return dict(self._parameters)
+
+    @property
     def learning_rate(self) -> float:
         """Of the matrices, as the next step will use it."""
         return float(self._optimizers[0].param_groups[0]["lr"])
@@ -126,12 +134,18 @@ class TrainingOptimizer:
             optimizer.zero_grad(set_to_none=True)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The whole state as `moment/parameter name` -> tensor; empty before the first step."""
-        state = {}
+        """The whole state as `moment/parameter name` -> tensor; empty before the first step.
+
+        A parameter that has had no gradient yet, of a head that rests, has no moments; a number 0 says so.
+        """
+        state, resting = {}, {}
         for name, parameter in self._parameters.items():
-            for key, value in self._state_of(parameter).items():
+            moments = self._state_of(parameter)
+            for key, value in moments.items():
                 state[f"{key}/{name}"] = value if isinstance(value, Tensor) else torch.tensor(value)
-        return state
+            if not moments:
+                resting[f"{_RESTING}/{name}"] = torch.zeros(())
+        return state | resting if state else state
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what `state_tensors` gave, for a model with the same parameters.
@@ -154,7 +168,9 @@ class TrainingOptimizer:
                     f"{tuple(parameter.shape)}; resume with the configuration that wrote it"
                 )
             # Adam's step counter stays on the CPU or follows the fused kernel's device: torch sorts that out on load.
-            by_parameter.setdefault(name, {})[moment] = value
+            moments = by_parameter.setdefault(name, {})
+            if moment != _RESTING:
+                moments[moment] = value
         if by_parameter and by_parameter.keys() != self._parameters.keys():
             missing = sorted(self._parameters.keys() - by_parameter.keys())[0]
             raise CheckpointError(f"the optimizer state lacks the parameter {missing}; use another checkpoint")
@@ -164,7 +180,7 @@ class TrainingOptimizer:
             saved["state"] = {
                 index: {moment: value.clone() for moment, value in by_parameter[name].items()}
                 for index, name in enumerate(names)
-                if name in by_parameter
+                if by_parameter.get(name)
             }
             optimizer.load_state_dict(saved)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,20 +25,23 @@ class StepOutcome:
     """What one step did.
 
     Attributes:
-        loss: weighted sum over offsets of mean nats over the whole step; None where it was not finite.
-        loss_per_offset: mean nats per offset over the whole step; 0 where an offset had no target; None where the loss
-            was not finite.
+        loss: weighted sum over offsets of the objective's mean (nats of the cross-entropy) over the whole step; None where
+            it was not finite.
+        loss_per_offset: mean nats per offset over the whole step, whatever the objective; 0 where an offset had no target,
+            None where its weight was 0; None for all where the loss was not finite.
         gradient_norm: before clipping; None where it or the loss was not finite.
         applied: whether parameters were updated; False for a non-finite loss or gradient.
-        accuracy_per_offset: share of the whole step's targets of each offset that no other token outscored; None where the
-            loss was not finite or does not count them.
+        accuracy_per_offset: share of the whole step's targets of each offset that no other token outscored; None for an
+            offset with weight 0; None for all where the loss was not finite or does not count them.
+        objective_per_offset: like loss_per_offset, the objective's mean; None where no offset is distilled.
     """
 
     loss: float | None
-    loss_per_offset: tuple[float, ...] | None
+    loss_per_offset: tuple[float | None, ...] | None
     gradient_norm: float | None
     applied: bool
-    accuracy_per_offset: tuple[float, ...] | None = None
+    accuracy_per_offset: tuple[float | None, ...] | None = None
+    objective_per_offset: tuple[float | None, ...] | None = None
 
 
 def optimizer_step(
@@ -49,6 +52,7 @@ def optimizer_step(
     precision: Precision,
     gradient_clip: float | None,
     should_stop: Callable[[], bool] = lambda: False,
+    offset_weights: Sequence[float] | None = None,
     parallel: Parallel | None = None,
 ) -> StepOutcome | None:
     """Accumulate gradients over micro-batches and update once.
@@ -64,38 +68,51 @@ def optimizer_step(
         precision: of the forward; see `headway.training.precision`.
         gradient_clip: largest norm of the gradient; None does not clip.
         should_stop: asked before each micro-batch; it must say the same in every process.
+        offset_weights: of this step's loss; None: the model's own. Parameters of heads that rest, whose offsets have weight 0,
+            get no gradient, so the optimizer leaves them and their moments alone: no decay either.
         parallel: how the model is trained by several processes; None: by one.
 
     Returns:
         None where `should_stop` said so: nothing was updated and no gradient is left.
     """
-    counts_MN = target_counts(micro_batches, num_future_tokens=model.num_future_tokens)
+    num_scored = model.num_future_tokens if offset_weights is None else len(offset_weights)
+    counts_MN = target_counts(micro_batches, num_future_tokens=num_scored)
     parallel = parallel or Parallel(model)
     counts_N = parallel.processes.total(counts_MN.sum(dim=0))
     loss = torch.zeros((), device=counts_N.device, dtype=torch.float64)
     sums_N = torch.zeros(counts_N.shape, device=counts_N.device, dtype=torch.float64)
-    correct_N = torch.zeros_like(sums_N)
+    correct_N, trained_N = torch.zeros_like(sums_N), torch.zeros_like(sums_N)
     for number, (batch, own_N) in enumerate(zip(micro_batches, counts_MN, strict=True), start=1):
         if should_stop():
             optimizer.zero_grad()
             return None
         with parallel.accumulating(last=number == len(micro_batches)):
             with forward_precision(model, precision):
-                output = parallel.forward(**batch.model_inputs(), num_valid_targets=counts_N)
+                output = parallel.forward(
+                    **batch.model_inputs(), num_valid_targets=counts_N, offset_weights=offset_weights
+                )
             output.loss.backward()
         loss += output.loss.detach()
         sums_N += output.loss_per_offset.double() * own_N
         # An objective without right and wrong tokens has no accuracy.
         correct_N += torch.nan if output.num_correct_per_offset is None else output.num_correct_per_offset
-    totals = parallel.processes.total(torch.cat([loss[None], sums_N, correct_N]))
-    loss, (sums_N, correct_N) = totals[0], totals[1:].chunk(2)
+        trained_N += torch.nan if output.objective_per_offset is None else output.objective_per_offset.double() * own_N
+    totals = parallel.processes.total(torch.cat([loss[None], sums_N, correct_N, trained_N]))
+    loss, (sums_N, correct_N, trained_N) = totals[0], totals[1:].chunk(3)
     outcome = _update(optimizer, parallel, loss=float(loss), gradient_clip=gradient_clip)
     if outcome.loss is None:
         return outcome
-    per_offset = tuple((sums_N / counts_N.clamp(min=1)).tolist())
-    accuracy_N = correct_N / counts_N.clamp(min=1)
-    accuracy = None if bool(accuracy_N.isnan().any()) else tuple(accuracy_N.tolist())
-    return StepOutcome(outcome.loss, per_offset, outcome.gradient_norm, outcome.applied, accuracy)
+    # NaN is the loss of an offset that was not computed, and what an objective does not tell.
+    per_offset, accuracy, trained = (
+        tuple(None if math.isnan(mean) else mean for mean in (total_N / counts_N.clamp(min=1)).tolist())
+        for total_N in (sums_N, correct_N.masked_fill(sums_N.isnan(), torch.nan), trained_N)
+    )
+    return replace(
+        outcome,
+        loss_per_offset=per_offset,
+        accuracy_per_offset=accuracy if any(share is not None for share in accuracy) else None,
+        objective_per_offset=trained if any(mean is not None for mean in trained) else None,
+    )
 
 
 def target_counts(batches: Sequence[Batch], *, num_future_tokens: int) -> Tensor:

@@ -1,0 +1,55 @@
+"""A run's objective on its model: the loss that was asked for, and the teacher, loaded and compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from headway.data.tokenizers import load_tokenizer
+from headway.errors import ConfigError, DataError
+from headway.model.checkpoint import has_heads, read_multi_token_config
+from headway.model.multi_token_lm import MultiTokenLM
+from headway.training.config import TrainConfig
+from headway.training.loss_options import training_objective
+
+
+def set_objective(config: TrainConfig, model: MultiTokenLM, tokenizer: Any, *, device: torch.device) -> None:
+    """Train `model` towards the configuration's objective, with its teacher where it names one.
+
+    Args:
+        config: of the run.
+        model: before anything is wrapped around it.
+        tokenizer: of the run; the teacher must have the same.
+        device: where the teacher goes. It keeps the precision in which it was saved.
+
+    Raises:
+        ConfigError: a teacher that cannot be loaded, or with another tokenizer or vocabulary.
+    """
+    teacher = None if config.teacher is None else _load(config.teacher, tokenizer).to(device)
+    model.train_towards(training_objective(config), teacher=teacher)
+
+
+def _load(name: str, tokenizer: Any) -> Any:
+    folder = Path(name)
+    if has_heads(folder) and read_multi_token_config(folder).changes_base:
+        raise ConfigError(
+            f"teacher={name} has heads in its next-token path, so that its base alone is no model; export it with headway "
+            f"convert --to hf first"
+        )
+    try:
+        own = load_tokenizer(name)
+        teacher = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+    except (OSError, ValueError, KeyError, RuntimeError, DataError) as error:
+        detail = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ConfigError(
+            f"teacher={name} cannot be loaded as a causal LM with its tokenizer: {detail}; name a folder or a hub name"
+        ) from error
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(
+            f"teacher={name} reads other tokens than the run: got {len(own)} and {len(tokenizer)} of them; choose a teacher "
+            f"with the run's tokenizer, or set tokenizer to the teacher's"
+        )
+    return teacher
