@@ -62,7 +62,8 @@ class TrainingProgress:
 def step_line(standing: Standing) -> str:
     """The newest step in one line: loss in all and per offset, accuracy, speed, memory, the time left."""
     run, step = standing.run, standing.step
-    assert run is not None and step is not None, "RunStarted comes before the first step"
+    assert run is not None, "RunStarted comes before the first step"
+    assert step is not None, "there is a line for a step that was done"
     parts = [f"step {step.step}/{run.steps}"]
     if step.loss is None or step.loss_per_offset is None:
         parts.append("loss not finite")

@@ -50,7 +50,8 @@ class Screen:
 
     def _offsets(self, width: int) -> Table:
         standing = self._standing
-        assert standing.run is not None and standing.step is not None
+        assert standing.run is not None
+        assert standing.step is not None
         shown = min(standing.run.num_future_tokens, max(1, (width - _LABEL_WIDTH) // (_COLUMN_WIDTH + 1)))
         table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, show_header=True, header_style="dim")
         table.add_column("offset", width=_LABEL_WIDTH, no_wrap=True)
