@@ -41,8 +41,10 @@ class StepDone:
     Attributes:
         step: from 1.
         tokens: input tokens seen so far, all steps of the run.
-        loss: weighted sum of the offsets' mean nats; None where it was not finite.
-        loss_per_offset: mean nats of each offset over the step's valid targets; None where the loss was not finite.
+        loss: weighted sum of the offsets' mean losses, nats where the objective is the cross-entropy; None where it was not
+            finite.
+        loss_per_offset: mean nats of each offset over the step's valid targets, None for one with weight 0; None where the
+            loss was not finite.
         learning_rate: of the matrices.
         gradient_norm: before clipping; None where it or the loss was not finite.
         applied: False where the step was skipped for a non-finite loss or gradient.
@@ -57,12 +59,13 @@ class StepDone:
         resident_bytes: memory of this process in RAM; None where the system does not say.
         gpu_peak_bytes: most memory that tensors of this process had on its GPU so far; None on a CPU.
         data_mix: shares of the sources so far beside those asked for; None without a mixture.
+        objective_per_offset: like loss_per_offset, the mean of what is trained; None where no offset is distilled.
     """
 
     step: int
     tokens: int
     loss: float | None
-    loss_per_offset: tuple[float, ...] | None
+    loss_per_offset: tuple[float | None, ...] | None
     learning_rate: float
     gradient_norm: float | None
     applied: bool
@@ -70,13 +73,14 @@ class StepDone:
     tokens_per_second: float
     elapsed_seconds: float
     logged: bool
-    accuracy_per_offset: tuple[float, ...] | None = None
+    accuracy_per_offset: tuple[float | None, ...] | None = None
     offset_weights: tuple[float, ...] | None = None
     flops: int | None = None
     mfu: float | None = None
     resident_bytes: int | None = None
     gpu_peak_bytes: int | None = None
     data_mix: tuple[SourceShare, ...] | None = None
+    objective_per_offset: tuple[float | None, ...] | None = None
 
     def record(self) -> dict[str, Any]:
         """The line of metrics.jsonl."""
@@ -98,6 +102,7 @@ class StepDone:
             "resident_bytes": self.resident_bytes,
             "gpu_peak_bytes": self.gpu_peak_bytes,
             "data_mix": None if self.data_mix is None else [asdict(share) for share in self.data_mix],
+            "objective_per_offset": None if self.objective_per_offset is None else list(self.objective_per_offset),
         }
 
 

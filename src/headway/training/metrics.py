@@ -19,6 +19,7 @@ from headway.training.tracking import Tracker
 _PER_OFFSET = {
     "loss_per_offset": "train/loss_offset",
     "accuracy_per_offset": "train/accuracy_offset",
+    "objective_per_offset": "train/objective_offset",
     "offset_weights": "train/weight_offset",
 }
 _NOT_FIGURES = ("step", "applied", "logged")
@@ -139,7 +140,8 @@ def step_scalars(record: Mapping[str, Any]) -> dict[str, float]:
     for name, value in record.items():
         if name in _PER_OFFSET:
             for offset, item in enumerate(value or (), start=1):
-                values[f"{_PER_OFFSET[name]}_{offset}"] = item
+                if item is not None:  # an offset without a weight is not computed
+                    values[f"{_PER_OFFSET[name]}_{offset}"] = item
         elif name == "data_mix":
             values |= {f"train/data_mix/{share['source']}": share["drawn"] for share in value or ()}
         elif name not in _NOT_FIGURES and isinstance(value, int | float):

@@ -70,12 +70,16 @@ def step_line(standing: Standing) -> str:
     elif len(step.loss_per_offset) == 1:
         parts.append(f"loss {step.loss:.3f}")
     else:
-        parts.append(f"loss {step.loss:.3f} = {' + '.join(f'{nats:.3f}' for nats in step.loss_per_offset)}")
+        per_offset = ["-" if nats is None else f"{nats:.3f}" for nats in step.loss_per_offset]
+        # The losses add up to the whole where all count and nothing else is trained.
+        summed = step.objective_per_offset is None and None not in step.loss_per_offset
+        parts.append(f"loss {step.loss:.3f}{' = ' if summed else ': '}{(' + ' if summed else ' ').join(per_offset)}")
     if step.offset_weights is not None and (shown := weights(step.offset_weights)) is not None:
         parts[-1] = parts[-1].replace(" = ", ": ").replace(" + ", " ")
         parts.append(f"weights {shown}")
     if step.accuracy_per_offset is not None:
-        parts.append(f"accuracy {' '.join(f'{100 * share:.1f}' for share in step.accuracy_per_offset)} %")
+        shares = ["-" if share is None else f"{100 * share:.1f}" for share in step.accuracy_per_offset]
+        parts.append(f"accuracy {' '.join(shares)} %")
     if step.gradient_norm is not None:
         parts.append(f"gradient {step.gradient_norm:.3g}")
     parts += [f"rate {step.learning_rate:.3g}", f"{step.tokens_per_second:,.0f} tokens/s"]
