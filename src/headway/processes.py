@@ -34,7 +34,6 @@ class PeerError(HeadwayError):
 class _Outcome(Generic[T]):
     value: T | None
     error: str | None
-    told: bool = False
 
 
 class Processes:
@@ -148,22 +147,26 @@ class Processes:
         """What `action` gives in this process; where it fails in one, it fails in all.
 
         Raises:
-            PeerError: it failed elsewhere only; the message names the rank.
+            PeerError: in all but the first process in which it failed; the message names that one's rank.
         """
         if not self.several:
             return action()
+        failure: Exception | None = None
+        value: T | None = None
         try:
-            value, failure = action(), None
+            value = action()
         except PeerError:
+            # Met in an agreement inside the action, which all processes have left by now.
             raise
         except Exception as error:
-            self.gathered(_words(error))
-            raise
-        failures = self.gathered(failure)
-        for rank, message in enumerate(failures):
-            if message is not None:
-                raise PeerError(f"rank {rank}: {message}")
-        return value
+            failure = error
+        messages = self.gathered(None if failure is None else _words(failure))
+        first = next((rank for rank, message in enumerate(messages) if message is not None), None)
+        if failure is not None and first == self.rank:
+            raise failure
+        if first is not None:
+            raise PeerError(f"rank {first}: {messages[first]}")
+        return cast(T, value)
 
     def same_everywhere(self, error: HeadwayError) -> HeadwayError:
         """An error that every process meets at this place: the main one tells it."""

@@ -26,6 +26,7 @@ LEVELS = {
     "serving": 4,
     "experiments": 5,
     "cli": 6,
+    "__main__": 7,
 }
 # The public face opens every room, on first use; the command line loads what it needs when it runs.
 MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]

@@ -135,7 +135,7 @@ def test_only_the_newest_are_kept_in_the_order_of_their_steps(tmp_path, trained)
     assert [path.name for path in checkpoint_paths(tmp_path)] == ["step-00000010", "step-100000000"]
 
 
-@pytest.mark.parametrize("stage", ["save_file", "capture_rng", "_write_manifest", "_sync"])
+@pytest.mark.parametrize("stage", ["write_moments", "capture_rng", "_write_manifest", "_sync"])
 def test_a_write_that_breaks_off_leaves_the_former_checkpoint_and_nothing_half(tmp_path, trained, stage, monkeypatch):
     save(tmp_path, trained, step=1)
 

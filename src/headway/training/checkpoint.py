@@ -1,10 +1,11 @@
-"""Resume checkpoints: written aside and moved, checked before anything is opened, never a pickle.
+"""Resume checkpoints: written aside and moved, checked before anything is opened.
 
     checkpoints/step-00000500/
         manifest.json             size and sha256 of every other file; a folder without it is no checkpoint
         model/                    a plain headway model with its tokenizer, usable as it is
-        optimizer.safetensors     moments by parameter name
-        run.json                  step, data position, random states, configuration, what the run is made of
+        optimizer.safetensors     moments by parameter name, or optimizer/ with shards of them (sharded_checkpoint.py)
+        run.json                  step, data position, random states of every process, configuration, what the run is
+                                  made of
 
 The schedule is a pure function of the step and the data order one of the row, so two integers are their whole state.
 """
@@ -16,25 +17,26 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from headway.errors import CheckpointError
 from headway.model.multi_token_lm import MultiTokenLM
 from headway.training.best import BestStep, record_best
 from headway.training.optimizers import TrainingOptimizer
-from headway.training.rng import capture_rng, restore_rng
+from headway.training.parallel import Parallel
+from headway.training.rng import capture_rng, restore_rng, separate_streams
+from headway.training.sharded_checkpoint import SHARDS, WHOLE_FILE, read_moments, write_moments
 
 FORMAT = "headway-training-checkpoint"
 FORMAT_VERSION = 1
 
-_MANIFEST, _MODEL, _OPTIMIZER, _RUN = "manifest.json", "model", "optimizer.safetensors", "run.json"
+_MANIFEST, _MODEL, _RUN = "manifest.json", "model", "run.json"
 _NAME = re.compile(r"step-(\d{8,})")
 _HASH_BLOCK = 1 << 20
 
@@ -67,32 +69,52 @@ class Checkpoint:
         state: where the run was.
         config: the configuration that wrote it, as `TrainConfig.to_dict` gives it.
         identity: what the run is made of; see `headway.training.identity`.
-        rng: see `headway.training.rng`.
+        rng: of each process; see `headway.training.rng`.
+        step: how its steps were cut; see `headway.training.step_shape`. None in checkpoints of one process from before
+            there were several.
     """
 
     path: Path
     state: RunState
     config: Mapping[str, Any]
     identity: Mapping[str, Any]
-    rng: Mapping[str, Any]
+    rng: Sequence[Mapping[str, Any]]
+    step: Mapping[str, int] | None = None
 
-    def restore(self, model: MultiTokenLM, optimizer: TrainingOptimizer) -> None:
-        """Put weights, moments and random states back, bit for bit.
+    def restore(self, model: MultiTokenLM, optimizer: TrainingOptimizer, parallel: Parallel | None = None) -> None:
+        """Put weights, moments and random states back, bit for bit; all processes call this.
+
+        Where there are more processes than wrote the checkpoint, the further ones draw from streams of their own.
+
+        Args:
+            model: as it is trained.
+            optimizer: of its parameters.
+            parallel: how several processes train it; None: one does.
 
         Raises:
             CheckpointError: they do not fit the model.
         """
-        saved = MultiTokenLM.from_pretrained(self.path / _MODEL, dtype=next(model.parameters()).dtype)
+        parallel = parallel or Parallel(model)
+        needed, dtype = parallel.needs_whole_state, next(model.parameters()).dtype
+
+        def weights() -> dict[str, Any]:
+            return dict(MultiTokenLM.from_pretrained(self.path / _MODEL, dtype=dtype).state_dict()) if needed else {}
+
         try:
-            model.load_state_dict(saved.state_dict())
-            optimizer.load_state_tensors(load_file(self.path / _OPTIMIZER))
+            parallel.load_whole_state(parallel.processes.together(weights))
+            parallel.processes.together(lambda: read_moments(self.path, optimizer, parallel))
         except (RuntimeError, SafetensorError, OSError) as error:
             detail = " ".join(str(error).split())
             raise CheckpointError(
                 f"{self.path} does not fit this run: {detail}; resume with the configuration that wrote it",
                 path=self.path,
             ) from error
-        restore_rng(self.rng)
+        rank = parallel.processes.rank
+        if rank < len(self.rng):
+            restore_rng(self.rng[rank])
+        else:
+            restore_rng(self.rng[0])
+            separate_streams(int(self.config.get("seed", 0)) + self.state.step, rank)
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -119,24 +141,47 @@ def write_checkpoint(
     identity: Mapping[str, Any],
     keep: int,
     best: BestStep | None = None,
+    parallel: Parallel | None = None,
+    step: Mapping[str, int] | None = None,
 ) -> Path:
-    """Write the checkpoint of `state.step` and remove all but the `keep` newest and the best.
+    """Write the checkpoint of `state.step` and remove all but the `keep` newest and the best; all processes call this.
 
     At any moment of a kill or a power cut the folder holds complete checkpoints and at most one hidden unfinished one.
+
+    Args:
+        folder: of all checkpoints of the run; on a disk that all processes see.
+        model: as it is trained.
+        tokenizer: goes beside it.
+        optimizer: of its parameters.
+        state: where the run is.
+        config: the configuration, as `TrainConfig.to_dict` gives it.
+        identity: what the run is made of.
+        keep: newest checkpoints kept.
+        best: the best step so far, kept too.
+        parallel: how several processes train the model; None: one does.
+        step: how its steps are cut.
 
     Raises:
         CheckpointError: the disk refuses; what was there before is untouched.
     """
+    parallel = parallel or Parallel(model)
+    processes = parallel.processes
     target = checkpoint_path(folder, state.step)
     aside = folder / f".writing-{target.name}"
-    try:
+
+    def begin() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
-        model.save_pretrained(aside / _MODEL)
+
+    def complete(weights: Mapping[str, Any], rng: Sequence[Mapping[str, Any]]) -> None:
+        model.save_pretrained(aside / _MODEL, state_dict=dict(weights))
         save_tokenizer(tokenizer, aside / _MODEL)
-        save_file({name: t.contiguous() for name, t in optimizer.state_tensors().items()}, aside / _OPTIMIZER)
-        run = {"state": asdict(state), "config": config, "identity": identity, "rng": capture_rng()}
+        run: dict[str, Any] = {"state": asdict(state), "config": config, "identity": identity, "rng": rng[0]}
+        if processes.several:
+            run["rng_of_others"] = rng[1:]
+        if step is not None:
+            run["step"] = step
         (aside / _RUN).write_text(json.dumps(run, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
         _write_manifest(aside)
         if target.exists():
@@ -144,6 +189,13 @@ def write_checkpoint(
             shutil.rmtree(target)
         aside.rename(target)
         _sync(folder)
+
+    try:
+        processes.on_main(begin)
+        rng = processes.gathered(capture_rng())
+        processes.together(lambda: write_moments(aside, optimizer, parallel))
+        weights = parallel.whole_state()
+        processes.on_main(lambda: complete(weights, rng))
     except (OSError, SafetensorError, CheckpointError) as error:
         raise CheckpointError(
             f"cannot write the checkpoint {target}: {reason(error)}; the former checkpoints are untouched: free space or "
@@ -151,8 +203,9 @@ def write_checkpoint(
             path=target,
         ) from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    retain(folder, keep=keep, best=best)
+        if processes.is_main:
+            shutil.rmtree(aside, ignore_errors=True)
+    processes.on_main(lambda: retain(folder, keep=keep, best=best))
     return target
 
 
@@ -192,7 +245,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
             state=RunState(**run["state"]),
             config=run["config"],
             identity=run["identity"],
-            rng=run["rng"],
+            rng=(run["rng"], *run.get("rng_of_others", ())),
+            step=run.get("step"),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path / _RUN} cannot be read: {error}; use another checkpoint", path=path) from error
@@ -259,8 +313,8 @@ def _check_manifest(path: Path) -> None:
             f"{path} has format version {version}, this headway reads {FORMAT_VERSION}; use the headway that wrote it",
             path=path,
         )
-    if not {_RUN, _OPTIMIZER} <= expected.keys():
-        raise damaged(f"{_MANIFEST} lists no {_RUN} or no {_OPTIMIZER}")
+    if _RUN not in expected or not (WHOLE_FILE in expected or f"{SHARDS}/.metadata" in expected):
+        raise damaged(f"{_MANIFEST} lists no {_RUN} or no {WHOLE_FILE}")
     for name, (size, digest) in expected.items():
         file = path / name
         if not file.is_file():

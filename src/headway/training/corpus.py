@@ -78,10 +78,15 @@ def prepare_data(
     return TrainingData(prepare_corpus(config.corpus_spec, tokenizer, directory, notice=notice), tokenizer)
 
 
-def with_steps(config: TrainConfig, rows: Rows) -> TrainConfig:
+def with_steps(config: TrainConfig, rows: Rows, *, rows_per_step: int | None = None) -> TrainConfig:
     """The configuration with the steps that its epochs come to, where it has epochs.
 
     The last step may reach a little into the next epoch: every epoch asked for is complete.
+
+    Args:
+        config: of the run.
+        rows: of one epoch.
+        rows_per_step: of all processes together; None for one process.
 
     Raises:
         ConfigError: a warm-up as long as the run.
@@ -89,19 +94,17 @@ def with_steps(config: TrainConfig, rows: Rows) -> TrainConfig:
     if config.epochs is None:
         return config
     # rounded first: 0.1 of 50 rows are 5, not a hair more
-    wanted = math.ceil(round(config.epochs * len(rows), 6) / config.rows_per_step)
+    wanted = math.ceil(round(config.epochs * len(rows), 6) / (rows_per_step or config.rows_per_step))
     return replace(config, steps=max(wanted, 1), epochs=None)
 
 
-def describe_passes(config: TrainConfig, rows: Rows) -> str:
-    """One line for a person: how often the run goes through its text."""
-    samples = config.steps * config.rows_per_step
+def describe_passes(config: TrainConfig, rows: Rows, *, rows_per_step: int | None = None) -> str:
+    """One line for a person: how often the run goes through its text; `rows_per_step` as in `with_steps`."""
+    per_step = rows_per_step or config.rows_per_step
+    samples = config.steps * per_step
     if isinstance(rows, Mixture):
-        return f"{config.steps} steps of {config.rows_per_step} rows: {rows.describe(samples)}"
+        return f"{config.steps} steps of {per_step} rows: {rows.describe(samples)}"
     shortened = ""
     if isinstance(rows, PackedDocuments) and rows.num_shortened:
         shortened = f"; {rows.num_shortened} examples are longer than sequence_length={config.sequence_length} and cut"
-    return (
-        f"{config.steps} steps of {config.rows_per_step} rows: {samples / len(rows):.3g} epochs of {len(rows)} rows"
-        f"{shortened}"
-    )
+    return f"{config.steps} steps of {per_step} rows: {samples / len(rows):.3g} epochs of {len(rows)} rows{shortened}"

@@ -42,10 +42,14 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
+def stop_on_signals(*, second_interrupts: bool = True) -> Iterator[StopRequest]:
     """Turn the first SIGTERM or SIGINT inside the block into a request; the second SIGINT interrupts at once.
 
     Outside the main thread, where Python delivers no signals, the request simply never comes.
+
+    Args:
+        second_interrupts: off below a launcher, from which one Ctrl-C comes twice (from the terminal and from the launcher)
+            and which kills what does not end.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -53,7 +57,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
         return
 
     def handle(signal_number: int, frame: FrameType | None) -> None:
-        if request.signal_number is not None and signal_number == signal.SIGINT:
+        if request.signal_number is not None and signal_number == signal.SIGINT and second_interrupts:
             raise KeyboardInterrupt
         request.signal_number = signal_number
 

@@ -1,35 +1,37 @@
-"""The training loop: native PyTorch, one process, exact resume."""
+"""The training loop: native PyTorch, one process or many, exact resume."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from headway.data.tokenizers import load_tokenizer
-from headway.errors import ConfigError
+from headway.processes import Processes
 from headway.provenance import provenance
 from headway.training.best import read_best
-from headway.training.checkpoint import RunState
+from headway.training.checkpoint import Checkpoint, RunState
 from headway.training.config import TrainConfig
 from headway.training.config_file import to_yaml
 from headway.training.corpus import TrainingData, describe_passes, prepare_data, with_steps
-from headway.training.events import (
-    Listener,
-    Notice,
-)
+from headway.training.distillation import set_objective
+from headway.training.events import Event, Listener, Notice
 from headway.training.final_model import write_final_model
 from headway.training.identity import check_same_run, run_identity
+from headway.training.launch import joined
+from headway.training.lost_process import lost_process_explained
 from headway.training.metric_files import read_metrics
 from headway.training.metrics import MetricsWriter
 from headway.training.model_building import base_config
 from headway.training.optimizers import TrainingOptimizer
 from headway.training.out_of_memory import out_of_memory_explained
-from headway.training.rng import preserved_rng, seed_everything
+from headway.training.parallel import Mode, heads_may_rest, parallel_mode, parallelize
+from headway.training.rng import preserved_rng, seed_everything, separate_streams
 from headway.training.run import Evaluator, TrainingRun
 from headway.training.run_directory import (
     CHECKPOINTS,
@@ -44,6 +46,7 @@ from headway.training.run_directory import (
     write_text,
 )
 from headway.training.starting_model import starting_model
+from headway.training.step_shape import StepShape, alone, resumed_shape, step_shape
 from headway.training.telemetry import Telemetry
 from headway.training.threads import thread_count
 from headway.training.tracking import tracker_opener
@@ -103,6 +106,9 @@ def train(
     resumed or not, and whether it was evaluated or not. The global random generators and torch's thread count are
     afterwards as they were before.
 
+    Started by `torchrun`, or with a default process group that is there already, every process calls this with the same
+    arguments; the first of them writes and speaks for all.
+
     Args:
         config: everything; see `TrainConfig`.
         evaluators: run every `eval_every_steps` and at the end; they can change neither random state nor training.
@@ -118,25 +124,37 @@ def train(
         TrainingError: the output folder belongs to something else, the run to resume is another one, or the loss stays
             non-finite. `TrainingInterruptedError` after a SIGINT or SIGTERM: saved, ready to be resumed.
     """
-    announce: Listener = on_event or (lambda event: None)
-    with preserved_rng(), thread_count(config.threads), claimed(config) as folder:
-        start = begin(folder, config)
+    with (
+        preserved_rng(),
+        thread_count(config.threads),
+        joined(config.device) as (processes, device),
+        lost_process_explained(processes, lambda: "preparing or ending the run"),
+        ExitStack() as held,
+    ):
+        announce: Listener = on_event if on_event is not None and processes.is_main else _nothing
+        mode = parallel_mode(config.parallel, count=processes.count)
+        folder = processes.on_main(lambda: held.enter_context(claimed(config)))
+        start = processes.on_main(lambda: begin(folder, config))
         for text in start.notices:
             announce(Notice(text))
-        device = _device(config)
-        tokenizer = load_tokenizer(config.tokenizer_name)
-        shape = base_config(config, tokenizer)
-        write_text(folder / CONFIG, to_yaml(config))
-        data = prepare_data(
-            config,
-            tokenizer,
-            Path(config.cache_directory) if config.cache_directory else folder / TOKENS,
-            notice=lambda text: announce(Notice(text)),
+        tokenizer = processes.main_first(lambda: load_tokenizer(config.tokenizer_name))
+        shape = processes.together(lambda: base_config(config, tokenizer))
+        processes.on_main(lambda: write_text(folder / CONFIG, to_yaml(config)))
+        data = processes.main_first(
+            lambda: prepare_data(
+                config,
+                tokenizer,
+                Path(config.cache_directory) if config.cache_directory else folder / TOKENS,
+                notice=lambda text: announce(Notice(text)),
+            )
         )
         rows = data.rows(sequence_length=config.sequence_length, seed=config.seed)
-        config = with_steps(config, rows)
-        write_text(folder / CONFIG, to_yaml(config))
-        announce(Notice(describe_passes(config, rows)))
+        steps, notices = processes.together(lambda: _step_shape(config, start.checkpoint, processes, mode))
+        for text in notices:
+            announce(Notice(text))
+        config = processes.together(lambda: with_steps(config, rows, rows_per_step=steps.rows))
+        processes.on_main(lambda: write_text(folder / CONFIG, to_yaml(config)))
+        announce(Notice(describe_passes(config, rows, rows_per_step=steps.rows)))
         identity = run_identity(
             base_config=shape,
             num_future_tokens=config.num_future_tokens,
@@ -144,60 +162,96 @@ def train(
             data_fingerprint=data.fingerprint,
             held_out_fingerprint=None if data.held_out is None else data.held_out.fingerprint,
         )
-        if start.checkpoint is not None:
-            changes = check_same_run(
-                start.checkpoint.identity,
-                start.checkpoint.config,
-                identity=identity,
-                config=config,
-                source=str(start.checkpoint.path),
-            )
-            if changes:
-                announce(Notice(f"resuming with changed options: {'; '.join(changes)}"))
+        changes = processes.together(lambda: _changes(config, identity, start.checkpoint))
+        if changes:
+            announce(Notice(f"resuming with changed options: {'; '.join(changes)}"))
         telemetry = Telemetry(config, shape, rows=rows, device=device)
         seed_everything(config.seed)
         with out_of_memory_explained(config, lambda: "building the model"):
-            model = starting_model(config, shape).to(device)
-        if config.gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
-        model.train()
-        optimizer = TrainingOptimizer(model, config)
+            # The same seed, so the same weights in every process.
+            model = processes.together(lambda: starting_model(config, shape))
+            if config.gradient_checkpointing:
+                model.activation_checkpointing_enable({"use_reentrant": False})
+            model.train()
+            processes.main_first(lambda: set_objective(config, model, tokenizer, device=device))
+            parallel = parallelize(model, mode, processes, device, heads_may_rest=heads_may_rest(config))
+        optimizer = TrainingOptimizer(model, config, sharing=parallel.sharing)
         state = RunState()
         if start.checkpoint is not None:
-            start.checkpoint.restore(model, optimizer)
+            start.checkpoint.restore(model, optimizer, parallel)
             state = start.checkpoint.state
-        metrics = MetricsWriter(
-            folder,
-            resumed_step=state.step,
-            tensorboard=config.tensorboard,
-            open_tracker=tracker_opener(config, notice=lambda text: announce(Notice(text))),
+        else:
+            separate_streams(config.seed, processes.rank)
+        written: list[MetricsWriter] = []
+        processes.on_main(lambda: written.append(_metrics(config, folder, state, announce)))
+        for metrics in written:
+            held.callback(metrics.close)
+        run = TrainingRun(
+            config=config,
+            folder=folder,
+            model=model,
+            optimizer=optimizer,
+            data=data,
+            rows=rows,
+            identity=identity,
+            state=state,
+            evaluators=processes.together(lambda: evaluators(data) if callable(evaluators) else evaluators),
+            metrics=written[0] if written else None,
+            announce=announce,
+            telemetry=telemetry,
+            parallel=parallel,
+            shape=steps,
         )
-        try:
-            run = TrainingRun(
-                config=config,
-                folder=folder,
-                model=model,
-                optimizer=optimizer,
-                data=data,
-                rows=rows,
-                identity=identity,
-                state=state,
-                evaluators=evaluators(data) if callable(evaluators) else evaluators,
-                metrics=metrics,
-                announce=announce,
-                telemetry=telemetry,
-            )
-            run.to_the_end()
-            return _finish(run)
-        finally:
-            metrics.close()
+        run.to_the_end()
+        return _finish(run)
+
+
+def _nothing(event: Event) -> None:
+    """What is heard in a process that does not speak."""
+
+
+def _step_shape(
+    config: TrainConfig, checkpoint: Checkpoint | None, processes: Processes, mode: Mode
+) -> tuple[StepShape, list[str]]:
+    """The cut of a step, and what a person should know of it."""
+    shape, kept = step_shape(config, processes=processes.count), None
+    if checkpoint is not None:
+        saved_config = checkpoint.config
+        saved = checkpoint.step or alone(saved_config)
+        shape, kept = resumed_shape(config, processes=processes.count, saved_config=saved_config, saved_step=saved)
+    ways = {"ddp": "replicas (ddp)", "fsdp": "shards (fsdp)", "none": ""}
+    told = [f"{processes.count} processes train {ways[mode]} of one model"] if processes.several else []
+    return shape, told if kept is None else [*told, kept]
+
+
+def _changes(config: TrainConfig, identity: Mapping[str, Any], checkpoint: Checkpoint | None) -> list[str]:
+    if checkpoint is None:
+        return []
+    return check_same_run(
+        checkpoint.identity, checkpoint.config, identity=identity, config=config, source=str(checkpoint.path)
+    )
+
+
+def _metrics(config: TrainConfig, folder: Path, state: RunState, announce: Listener) -> MetricsWriter:
+    return MetricsWriter(
+        folder,
+        resumed_step=state.step,
+        tensorboard=config.tensorboard,
+        open_tracker=tracker_opener(config, notice=lambda text: announce(Notice(text))),
+    )
 
 
 def _finish(run: TrainingRun) -> TrainResult:
-    """Write the model, then the result, whose presence says that the run is finished."""
-    directory = run.folder / MODEL
+    """Write the model, then the result, whose presence says that the run is finished; all processes call this."""
     run.model.eval()
-    write_final_model(run.model, run.data.tokenizer, directory)
+    weights = run.parallel.whole_state()
+    return run.processes.on_main(lambda: _written(run, weights))
+
+
+def _written(run: TrainingRun, weights: Mapping[str, Tensor]) -> TrainResult:
+    directory = run.folder / MODEL
+    write_final_model(run.model, run.data.tokenizer, directory, state_dict=weights)
+    assert run.metrics is not None, "the main process has files"
     run.metrics.flush()
     # Read back, not remembered: after a resume the last step may have been another process's.
     last = read_metrics(run.folder / METRICS)[-1]
@@ -222,18 +276,3 @@ def _finish(run: TrainingRun) -> TrainResult:
         json.dumps(result.to_json() | {"provenance": provenance()}, indent=2, allow_nan=False) + "\n",
     )
     return result
-
-
-def _device(config: TrainConfig) -> torch.device:
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(config.device)
-    except RuntimeError as error:
-        raise ConfigError(f"device={config.device} is none that torch knows; pass auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise ConfigError(
-            f"device={config.device} is not there: torch sees {torch.cuda.device_count()} CUDA devices; pass "
-            "--device cpu"
-        )
-    return device

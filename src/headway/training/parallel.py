@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from headway.errors import ConfigError
 from headway.model.multi_token_lm import MultiTokenLM
 from headway.processes import Processes
+from headway.training.config import TrainConfig
 from headway.training.muon_sharing import ReplicatedSharing, ShardedSharing, own_rows
 
 Mode = Literal["none", "ddp", "fsdp"]
@@ -78,6 +79,11 @@ class Parallel:
         """All weights in every process inside the block, so that each can use the model on its own, without training."""
         yield
 
+    @property
+    def needs_whole_state(self) -> bool:
+        """Whether this process has to read what it passes to `load_whole_state`."""
+        return True
+
     def whole_state(self) -> dict[str, Tensor]:
         """The state dict with whole tensors in the main process, in host memory where they were sharded; all call this.
 
@@ -86,7 +92,7 @@ class Parallel:
         return cast(dict[str, Tensor], self.model.state_dict()) if self.processes.is_main else {}
 
     def load_whole_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what `whole_state` gave; only the main process's is looked at where the processes are several."""
+        """Put back what `whole_state` gave; all call this."""
         self.model.load_state_dict(state)
 
 
@@ -121,10 +127,6 @@ class Replicated(Parallel):
     def accumulating(self, *, last: bool) -> AbstractContextManager[None]:
         """No exchange before the last micro-batch."""
         return nullcontext() if last else self._ddp.no_sync()
-
-    def load_whole_state(self, state: Mapping[str, Tensor]) -> None:
-        """Every process takes what it is given: all of them read the same file."""
-        self.model.load_state_dict(state)
 
 
 class Sharded(Parallel):
@@ -185,6 +187,11 @@ class Sharded(Parallel):
                 part.set_reshard_after_forward(part is not self.model, recurse=False)
                 part.reshard()
 
+    @property
+    def needs_whole_state(self) -> bool:
+        """The main process's is sent to the others."""
+        return self.processes.is_main
+
     def whole_state(self) -> dict[str, Tensor]:
         """Gathered tensor after tensor into host memory."""
         return get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))  # type: ignore[return-value]
@@ -222,6 +229,11 @@ def parallel_mode(wanted: Literal["auto", "none", "ddp", "fsdp"], *, count: int)
             f"without torchrun"
         )
     return "ddp" if wanted == "auto" else wanted
+
+
+def heads_may_rest(config: TrainConfig) -> bool:
+    """Whether a step of this run may leave some heads without a gradient, because their loss has no weight then."""
+    return config.weight_schedule != "constant" or config.head_weight == 0 or 0 in (config.offset_weights or ())
 
 
 def parallelize(

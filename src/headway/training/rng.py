@@ -12,6 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# A prime beyond the seeds that people choose: no other run's seed makes a process's stream.
+_SEEDS_APART = 1_000_003
+
 
 def capture_rng() -> dict[str, Any]:
     """The states of Python's, numpy's and torch's global generators (CPU and every CUDA device), JSON-ready."""
@@ -64,6 +67,12 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def separate_streams(seed: int, rank: int) -> None:
+    """Let the processes of a run draw different random numbers from here on; the first draws what one alone would."""
+    if rank:
+        seed_everything(seed + _SEEDS_APART * rank)
 
 
 def _encode(state: Tensor) -> str:

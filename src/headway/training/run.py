@@ -33,14 +33,18 @@ from headway.training.events import (
 )
 from headway.training.fields import field_specs
 from headway.training.interruption import StopRequest, TrainingInterruptedError, stop_on_signals
+from headway.training.loss_options import weight_plan
+from headway.training.lost_process import lost_process_explained
 from headway.training.metric_files import read_metrics
 from headway.training.metrics import MetricsWriter
 from headway.training.optimizers import TrainingOptimizer
 from headway.training.out_of_memory import out_of_memory_explained
+from headway.training.parallel import Parallel
 from headway.training.rng import capture_rng, preserved_rng, restore_rng
 from headway.training.run_directory import CHECKPOINTS, EVALUATIONS
 from headway.training.schedule import learning_rate_factor
 from headway.training.step import StepOutcome, optimizer_step
+from headway.training.step_shape import StepShape
 from headway.training.telemetry import Telemetry
 
 Evaluator = Callable[[MultiTokenLM, int], Mapping[str, Any]]
@@ -62,23 +66,33 @@ class TrainingRun:
         identity: Mapping[str, Any],
         state: RunState,
         evaluators: Sequence[Evaluator],
-        metrics: MetricsWriter,
+        metrics: MetricsWriter | None,
         announce: Listener,
         telemetry: Telemetry,
+        parallel: Parallel,
+        shape: StepShape,
     ) -> None:
         self.config, self.folder, self.data, self.identity = config, folder, data, identity
         self.model, self.optimizer, self.evaluators = model, optimizer, evaluators
         self.metrics, self.announce, self.telemetry = metrics, announce, telemetry
+        self.parallel, self.processes, self.shape = parallel, parallel.processes, shape
         self.state = state
+        self.weights = weight_plan(config)
         self.device = next(model.parameters()).device
-        loader = PackedLoader(rows, batch_size=config.rows_per_step)
+        loader = PackedLoader(
+            rows,
+            batch_size=shape.rows_per_process,
+            num_replicas=shape.processes,
+            rank=self.processes.rank,
+        )
         self.loader = PrefetchingLoader(loader, workers=config.loader_workers) if config.loader_workers else loader
         self.resumed_from_step = state.step or None
         self.elapsed_before = state.elapsed_seconds
         self.began = time.perf_counter()
         # The step whose checkpoint is known to be on disk, so that a signal does not write it twice.
-        self.saved_step = state.step if checkpoint_path(folder / CHECKPOINTS, state.step).exists() else None
-        evaluations = read_metrics(folder / EVALUATIONS)
+        there = self.processes.on_main(lambda: checkpoint_path(folder / CHECKPOINTS, state.step).exists())
+        self.saved_step = state.step if there else None
+        evaluations = self.processes.on_main(lambda: read_metrics(folder / EVALUATIONS))
         self.evaluated_step = evaluations[-1]["step"] if evaluations else None
         self.figure = None if config.keep_best is None else parse_figure(config.keep_best)
         self.best = None if self.figure is None else best_of(evaluations, self.figure)
@@ -96,8 +110,9 @@ class TrainingRun:
         return self.state.next_row * self.config.sequence_length
 
     def emit(self, event: Event) -> None:
-        """Tell the files first, then whoever watches."""
-        self.metrics(event)
+        """Tell the files first, then whoever watches; only the main process has either."""
+        if self.metrics is not None:
+            self.metrics(event)
         self.announce(event)
 
     def to_the_end(self) -> None:
@@ -108,11 +123,13 @@ class TrainingRun:
             TrainingError: the loss stays non-finite.
         """
         compiler = self._compiler()
+        if (changes := self.weights.describe()) is not None:
+            self.emit(Notice(changes))
         self.emit(
             RunStarted(
                 first_step=self.state.step + 1,
                 steps=self.config.steps,
-                tokens_per_step=self.config.tokens_per_step,
+                tokens_per_step=self.shape.tokens,
                 num_future_tokens=self.config.num_future_tokens,
                 parameters=sum(parameter.numel() for parameter in self.optimizer.parameters),
                 flops_per_token=self.telemetry.flops_per_token,
@@ -121,12 +138,16 @@ class TrainingRun:
         )
         finished = False
         try:
-            with stop_on_signals() as stop, out_of_memory_explained(self.config, self._doing):
+            with (
+                stop_on_signals(second_interrupts=not self.processes.several) as stop,
+                lost_process_explained(self.processes, self._doing),
+                out_of_memory_explained(self.config, self._doing),
+            ):
                 while not finished:
                     # A run resumed where a signal left no time for its evaluation begins with it.
-                    if self._evaluation_is_due() and not stop:
+                    if not self._stopping(stop) and self._evaluation_is_due():
                         self._evaluate()
-                    if stop:
+                    if self._stopping(stop):
                         self._interrupted(stop)
                     if self._checkpoint_is_due():
                         self.save()
@@ -136,6 +157,11 @@ class TrainingRun:
         finally:
             self.loader.close()
             self.emit(RunEnded(finished))
+
+    def _stopping(self, stop: StopRequest) -> bool:
+        """Whether a signal has come to any process; they all ask at the same places, and all hear the same."""
+        stop.signal_number = self.processes.largest(stop.signal_number or 0) or None
+        return bool(stop)
 
     def _doing(self) -> str:
         return f"step {min(self.state.step + 1, self.config.steps)}"
@@ -158,14 +184,16 @@ class TrainingRun:
                 list(rows.split(config.batch_size)),
                 precision=config.precision,
                 gradient_clip=config.gradient_clip,
-                should_stop=lambda: bool(stop),
+                offset_weights=self.weights.at(step),
+                should_stop=lambda: self._stopping(stop),
+                parallel=self.parallel,
             )
         if outcome is None:
             restore_rng(rng)
             return False
         seconds = time.perf_counter() - began
-        self.interval.add(seconds, config.tokens_per_step)
-        self.whole.add(seconds, config.tokens_per_step)
+        self.interval.add(seconds, self.shape.tokens)
+        self.whole.add(seconds, self.shape.tokens)
         self.state = RunState(
             step=step,
             next_row=self.state.next_row + self.loader.samples_per_batch,
@@ -183,8 +211,9 @@ class TrainingRun:
         cost: dict[str, Any] = {}
         if logged:
             cost |= vars(self.telemetry.cost(tokens=tokens, rows=state.next_row, tokens_per_second=speed))
-            cost["offset_weights"] = config.offset_weights or (1.0,) * config.num_future_tokens
+            cost["offset_weights"] = self.weights.at(state.step)
             cost["accuracy_per_offset"] = outcome.accuracy_per_offset
+            cost["objective_per_offset"] = outcome.objective_per_offset
         self.emit(
             StepDone(
                 step=state.step,
@@ -208,11 +237,12 @@ class TrainingRun:
         what = "loss" if outcome.loss is None else "gradient"
         self.emit(Notice(f"warning: step {state.step} skipped: its {what} is not finite"))
         if state.skipped_in_a_row >= config.max_nonfinite_steps:
-            raise TrainingError(
+            error = TrainingError(
                 f"the {what} was not finite for {state.skipped_in_a_row} steps in a row (max_nonfinite_steps="
                 f"{config.max_nonfinite_steps}), the last one step {state.step}; lower learning_rate or use "
                 f"precision float32, then start the command again to go on from the last checkpoint"
             )
+            raise self.processes.same_everywhere(error)
 
     def _evaluation_is_due(self) -> bool:
         step, every = self.state.step, self.config.eval_every_steps
@@ -228,13 +258,15 @@ class TrainingRun:
     def _evaluate(self) -> None:
         began = time.perf_counter()
         values: dict[str, Any] = {}
-        with preserved_rng(), torch.no_grad():
+        with preserved_rng(), torch.no_grad(), self.parallel.whole_weights():
             self.model.eval()
             try:
                 for evaluator in self.evaluators:
                     values |= evaluator(self.model, self.state.step)
             finally:
                 self.model.train()
+        # Figures decide which checkpoint is the best: one opinion for all.
+        values = self.processes.from_main(values)
         self.optimizer.zero_grad()
         self.evaluated_step = self.state.step
         seconds = time.perf_counter() - began
@@ -246,10 +278,11 @@ class TrainingRun:
         if self.figure is None:
             return
         if self.figure.name not in values and self.config.keep_best != field_specs(TrainConfig)["keep_best"].default:
-            raise TrainingError(
+            error = TrainingError(
                 f"keep_best={self.config.keep_best} is none of the figures of this run's evaluations "
                 f"({', '.join(values)}); name one of them, or set keep_best to none"
             )
+            raise self.processes.same_everywhere(error)
         self.best = better(self.best, self.figure, step=self.state.step, figures=values)
 
     def save(self) -> Path:
@@ -259,7 +292,8 @@ class TrainingRun:
         if self.saved_step == self.state.step:
             return checkpoint_path(folder, self.state.step)
         # The files must hold every line that the checkpoint's step implies before the checkpoint exists.
-        self.metrics.flush()
+        if self.metrics is not None:
+            self.metrics.flush()
         self.state = replace(self.state, elapsed_seconds=self.elapsed_seconds)
         path = write_checkpoint(
             folder,
@@ -271,6 +305,8 @@ class TrainingRun:
             identity=self.identity,
             keep=self.config.keep_checkpoints,
             best=self.best,
+            parallel=self.parallel,
+            step=self.shape.to_json(),
         )
         self.saved_step = self.state.step
         self.emit(CheckpointWritten(self.state.step, path, time.perf_counter() - began))
