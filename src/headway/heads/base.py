@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from headway.heads.auxiliary import RegisterTokens, TokenOrderHead
 from headway.heads.markov import MarkovBias
 
 
@@ -133,6 +134,7 @@ class Heads(nn.Module, ABC):
         num_heads: n - 1.
         unembeddings: the offsets' own output matrices, from offset 2 on; None where they share the base's.
         markov: bias on the logits from the previous token; None where there is none.
+        auxiliary: what an auxiliary objective trains, saved with the heads; None where there is none.
     """
 
     uses_final_norm: bool = True
@@ -155,6 +157,7 @@ class Heads(nn.Module, ABC):
         # bodies one by one must leave them to the whole model.
         self.unembeddings = None if unembeddings is None else nn.ModuleList(unembeddings)
         self.markov: MarkovBias | None = None
+        self.auxiliary: TokenOrderHead | RegisterTokens | None = None
 
     # -------------------------------------------------------------------------------------------- what they are
 
@@ -182,9 +185,13 @@ class Heads(nn.Module, ABC):
 
     @property
     def vocabulary_matrices(self) -> list[nn.Linear]:
-        """Maps onto the vocabulary that the heads own: unembeddings, and the bias of the previous token."""
+        """Maps onto the vocabulary that the heads own: unembeddings, the bias of the previous token, the scores of an order."""
         own = [] if self.unembeddings is None else [cast(nn.Linear, module) for module in self.unembeddings]
-        return own if self.markov is None else [*own, self.markov.to_logits]
+        if self.markov is not None:
+            own.append(self.markov.to_logits)
+        if isinstance(self.auxiliary, TokenOrderHead):
+            own.append(self.auxiliary.to_scores)
+        return own
 
     @property
     def autoregressive(self) -> bool:

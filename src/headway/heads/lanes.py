@@ -6,8 +6,8 @@ A draft that starts at position t knows the tokens up to t + 1. Depth k (offset 
 t - j + k. For j >= k - 1 that token is known and the state is the teacher-forced one, the same for every start; for
 j <= k - 2 it is a draft of this start. Depth k therefore runs on k lanes of T states side by side: the teacher-forced one,
 and for j = k - 2, ..., 0 the states at t - j of all starts t. Lane j sees, for its start, teacher-forced states up to
-t - (k - 1) and the lanes between. Work and memory of depth k are those of a row k times as long. That is the diagonal attention of EAGLE-3's training-time test with the entries that
-headway's decoder really has (`headway.heads.sequential`).
+t - (k - 1) and the lanes between: the diagonal attention of EAGLE-3's training-time test, with the entries that headway's
+decoder really has (`headway.heads.sequential`). Work and memory of depth k are those of a row k times as long.
 
 Source: EAGLE-3 (arXiv:2503.01840), section 3.2 and Figure 6.
 """

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from math import isfinite
 from typing import Any, Literal, get_args
 
 from headway.errors import ConfigError
 
 HeadArchitecture = Literal["transformer", "linear", "replicated_unembedding", "medusa", "hydra", "sequential"]
+Auxiliary = Literal["none", "top", "mutor"]
 Wiring = Literal["parallel", "causal", "anticausal"]
 HeadInit = Literal["copy", "fresh"]
 
@@ -109,6 +111,62 @@ def check_options(heads: str, options: HeadOptions) -> None:
             f"allow_base_change belongs to wiring='anticausal', no other changes the base: got wiring="
             f"{options.wiring!r}; leave it out"
         )
+
+
+ORDER_WINDOW = 64
+"""Tokens ahead that token-order prediction ranks: the weight of a distance d is exp(-d), far below rounding at the end."""
+REGISTER_DISTANCE = 4
+"""d_max, as MuToR recommends."""
+_AUXILIARY_WEIGHTS: dict[str, float] = {"top": 1.0, "mutor": 0.3}
+_AUXILIARY_FIELDS = {"order_window": "top", "register_distance": "mutor"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuxiliaryOptions:
+    """An objective that is trained beside the prediction of tokens and not used in decoding.
+
+    Attributes:
+        auxiliary: "top": token-order prediction, an unembedding of its own that ranks the vocabulary by how soon each
+            token comes next (`headway.losses.token_order`); "mutor": register tokens, each of which predicts a token
+            farther ahead and which no ordinary token sees (`headway.model.registers`).
+        auxiliary_weight: factor of its loss beside that of the offsets; None: 1 for top, 0.3 for mutor.
+        order_window: top: tokens ahead that are ranked.
+        register_distance: mutor: the farthest that a register predicts; the distance is drawn for each row.
+    """
+
+    auxiliary: Auxiliary = "none"
+    auxiliary_weight: float | None = None
+    order_window: int = ORDER_WINDOW
+    register_distance: int = REGISTER_DISTANCE
+
+    @property
+    def weight(self) -> float:
+        """The factor, the objective's own where none is given."""
+        return _AUXILIARY_WEIGHTS[self.auxiliary] if self.auxiliary_weight is None else self.auxiliary_weight
+
+
+def check_auxiliary(options: AuxiliaryOptions) -> None:
+    """Refuse an unknown objective, values out of range, and options of another objective.
+
+    Raises:
+        ConfigError: names the option, what it was, and where it belongs.
+    """
+    name = options.auxiliary
+    if name not in get_args(Auxiliary):
+        raise ConfigError(f"auxiliary must be one of {', '.join(get_args(Auxiliary))}: got {name!r}")
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if field.name in _AUXILIARY_FIELDS:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{field.name} must be a whole number >= 1: got {value!r}")
+            owner = _AUXILIARY_FIELDS[field.name]
+            if value != field.default and name != owner:
+                raise ConfigError(f"{field.name}={value} means nothing for auxiliary={name!r}: only {owner} takes it")
+    weight = options.auxiliary_weight
+    if weight is not None and name == "none":
+        raise ConfigError(f"auxiliary_weight={weight} needs an auxiliary objective: got auxiliary='none'; leave it out")
+    if weight is not None and not (isfinite(weight) and weight >= 0):
+        raise ConfigError(f"auxiliary_weight must be finite and >= 0: got {weight}")
 
 
 def options_from(values: Any) -> HeadOptions:

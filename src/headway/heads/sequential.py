@@ -115,7 +115,7 @@ class SequentialHeads(ChainedHeads, TokenReadingHeads):
         for depth in range(1, num_heads + 1):
             embedded_BXD = torch.cat((inputs.embedded(depth), *embedded_drafts), dim=1)
             hidden_BXD = self._deepen(depth, lanes.call(depth), torch.cat(before, dim=1), embedded_BXD)
-            states = hidden_BXD.split(before[0].shape[1], dim=1)
+            states = torch.split(hidden_BXD, before[0].shape[1], dim=1)
             future.append(states[-1])
             if depth < num_heads:
                 embedded_drafts.append(inputs.embed(choose(states[-1], depth + 1)))

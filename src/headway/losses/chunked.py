@@ -37,6 +37,7 @@ class MultiTokenLoss:
         num_correct_N: of them, those that no other token outscores, int64 [N]: divided by the targets, the accuracy. A tie
             counts as correct. 0 where the weight is 0. None where the loss has no targets that are tokens.
         objective_per_offset_N: like per_offset_N, the trained value; another one only where an offset is distilled.
+        auxiliary: detached nats of an auxiliary objective that is part of the total, before its weight; None without one.
     """
 
     total: Tensor
@@ -44,6 +45,7 @@ class MultiTokenLoss:
     num_targets_N: Tensor
     num_correct_N: Tensor | None = None
     objective_per_offset_N: Tensor | None = None
+    auxiliary: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -33,12 +33,14 @@ class TrainingObjective:
         detach_trunk: "on": nothing of the base feels the heads, whose losses reach only their own weights; "hidden-states":
             what heads read is cut off (hidden states, embeddings), the final norm and the unembedding that they share with
             the base still learn from them.
+        train_on_drafts: heads that read the tokens before an offset (sequential, hydra) read their own drafts, as in
+            decoding, instead of the text's tokens (training-time test; `headway.heads.lanes`).
 
     Raises:
         ConfigError: a value out of range or in conflict with another.
 
     Source: LK losses (arXiv:2602.23881) for "log_acceptance" and "hybrid", as in speculators and SpecForge;
-    detaching: Megatron-LM's `mtp_detach_heads`.
+    detaching: Megatron-LM's `mtp_detach_heads`; drafts: EAGLE-3 (arXiv:2503.01840), section 3.2.
     """
 
     divergence: Divergence = "cross_entropy"
@@ -46,6 +48,7 @@ class TrainingObjective:
     temperature: float = 1.0
     distill_next_token: bool = False
     detach_trunk: DetachTrunk = "off"
+    train_on_drafts: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("divergence", self.divergence, get_args(Divergence))

@@ -11,10 +11,15 @@ from typing import Any, get_args
 from headway.errors import ConfigError
 from headway.heads.options import (
     CHANGES_BASE,
+    ORDER_WINDOW,
+    REGISTER_DISTANCE,
+    Auxiliary,
+    AuxiliaryOptions,
     HeadArchitecture,
     HeadInit,
     HeadOptions,
     Wiring,
+    check_auxiliary,
     check_options,
     decoder_layers,
     options_from,
@@ -42,6 +47,8 @@ class MultiTokenConfig:
         head_init: "copy" starts every head from the base's own weights (a transformer head as its last layer, a linear,
             medusa, hydra or replicated one as the next-token head); "fresh" draws it as the family draws new weights.
         loss_chunk_tokens: rows of logits alive at once in the loss.
+        auxiliary: an objective beside the prediction of tokens, of no use in decoding. This field and those after it are
+            described in `headway.heads.options.AuxiliaryOptions`.
 
     Raises:
         ConfigError: a value outside its range, or an option that the architecture does not take.
@@ -62,6 +69,10 @@ class MultiTokenConfig:
     own_output_norm: bool = False
     fuse_layers: bool = False
     markov_rank: int = 0
+    auxiliary: Auxiliary = "none"
+    auxiliary_weight: float | None = None
+    order_window: int = ORDER_WINDOW
+    register_distance: int = REGISTER_DISTANCE
 
     def __post_init__(self) -> None:
         if (
@@ -76,6 +87,7 @@ class MultiTokenConfig:
         if self.head_init not in get_args(HeadInit):
             raise ConfigError(f"head_init must be one of {', '.join(get_args(HeadInit))}: got {self.head_init!r}")
         check_options(self.heads, self.head_options)
+        check_auxiliary(self.auxiliary_options)
         if self.offset_weights is not None:
             weights = tuple(float(weight) for weight in self.offset_weights)
             object.__setattr__(self, "offset_weights", weights)
@@ -95,9 +107,33 @@ class MultiTokenConfig:
         return options_from(self)
 
     @property
+    def auxiliary_options(self) -> AuxiliaryOptions:
+        """The fields of the auxiliary objective."""
+        return AuxiliaryOptions(**{field.name: getattr(self, field.name) for field in fields(AuxiliaryOptions)})
+
+    @property
     def changes_base(self) -> bool:
         """Whether the heads are part of the next-token path, so that the base alone is not a model."""
         return self.wiring in CHANGES_BASE and self.num_future_tokens > 1
+
+    def check_attachable(self, *, num_layers: int) -> None:
+        """Refuse heads that a base of so many layers cannot carry.
+
+        Raises:
+            ConfigError: heads in the next-token path without leave, or a layer to read that is not there.
+        """
+        if self.changes_base and not self.allow_base_change:
+            raise ConfigError(
+                f"wiring={self.wiring!r} puts the heads into the next-token path, so that a pretrained base is no longer "
+                f"the model it was; train from scratch with MultiTokenLM.from_config, or pass allow_base_change=True"
+            )
+        if self.tap_back >= num_layers:
+            raise ConfigError(
+                f"tap_back={self.tap_back} reads before the first of the base's {num_layers} layers; pass at most "
+                f"{num_layers - 1}"
+            )
+        if self.fuse_layers and num_layers < 3:
+            raise ConfigError(f"fuse_layers reads three layers of the base: got a base of {num_layers}; leave it out")
 
     @property
     def num_decoder_layers(self) -> int:
@@ -109,7 +145,8 @@ class MultiTokenConfig:
 
         Options that ask for nothing are left out, so that what an older headway can read is written as it wrote it.
         """
-        later = {field.name: field.default for field in fields(HeadOptions) if field.name != "wiring"}
+        options = (*fields(HeadOptions), *fields(AuxiliaryOptions))
+        later = {field.name: field.default for field in options if field.name != "wiring"}
         values = {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
         if self.offset_weights is not None:
             values["offset_weights"] = list(self.offset_weights)

@@ -73,31 +73,55 @@ def isolating_mask(
         return attention_mask_BT
     if not spans_documents(keys, attention_mask_BT):
         return attention_mask_BT
+    check_pair_masks(config, "packed documents")
+    visible_BTT = visible_pairs(shape, keys, attention_mask_BT=attention_mask_BT, device=device)
+    return masks_by_layer_type(
+        config, lambda window: as_mask(config, within_window(visible_BTT, window)[:, None], dtype=dtype)
+    )
+
+
+def check_pair_masks(config: Any, what: str) -> None:
+    """Refuse an attention implementation that takes no mask per token pair.
+
+    Raises:
+        ConfigError: names `what` needs one.
+    """
     implementation = getattr(config, "_attn_implementation", "eager")
     if implementation not in ("sdpa", "eager"):
         raise ConfigError(
-            f"packed documents need attn_implementation 'sdpa' or 'eager': got {implementation!r}, which takes no mask "
-            f"per token pair; load the model with attn_implementation='sdpa'"
+            f"{what} need attn_implementation 'sdpa' or 'eager': got {implementation!r}, which takes no mask per token pair; "
+            f"load the model with attn_implementation='sdpa'"
         )
-    length = shape[1]
-    query_T1 = torch.arange(length, device=device)[:, None]
-    key_1T = torch.arange(length, device=device)[None]
-    allowed = (key_1T <= query_T1).expand(shape[0], length, length)
+
+
+def visible_pairs(
+    shape: tuple[int, int], keys: list[Tensor], *, attention_mask_BT: Tensor | None, device: torch.device
+) -> Tensor:
+    """Which position (dimension 1) may look at which (dimension 2), windows apart: bool [B, T, T]."""
+    index_T = torch.arange(shape[1], device=device)
+    visible_BTT = (index_T[None] <= index_T[:, None]).expand(shape[0], shape[1], shape[1])
     for keys_BT in keys:
-        allowed = allowed & (keys_BT[:, :, None] == keys_BT[:, None, :])
+        visible_BTT = visible_BTT & (keys_BT[:, :, None] == keys_BT[:, None, :])
     if attention_mask_BT is not None:
         present = attention_mask_BT.to(device).bool()
-        allowed = allowed & present[:, None, :] & present[:, :, None]
-        allowed = allowed | (key_1T == query_T1)
+        visible_BTT = visible_BTT & present[:, None, :] & present[:, :, None]
+        visible_BTT = visible_BTT | (index_T[None] == index_T[:, None])
+    return visible_BTT
 
-    def build(window: int | None) -> Tensor:
-        seen = allowed if window is None else allowed & (key_1T > query_T1 - window)
-        mask_B1TT = seen[:, None]
-        if implementation == "sdpa":
-            return mask_B1TT
-        return torch.zeros(mask_B1TT.shape, dtype=dtype, device=device).masked_fill(~mask_B1TT, torch.finfo(dtype).min)
 
-    return masks_by_layer_type(config, build)
+def within_window(visible_BTT: Tensor, window: int | None) -> Tensor:
+    """Of these pairs, those at most `window` positions apart, a position itself counted."""
+    if window is None:
+        return visible_BTT
+    index_T = torch.arange(visible_BTT.shape[1], device=visible_BTT.device)
+    return visible_BTT & (index_T[None] > index_T[:, None] - window)
+
+
+def as_mask(config: Any, visible: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """True where a pair is visible -> what the attention implementation takes."""
+    if getattr(config, "_attn_implementation", "eager") == "sdpa":
+        return visible
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)
 
 
 def masks_by_layer_type(config: Any, build: Callable[[int | None], Tensor]) -> Tensor | dict[str, Tensor]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from typing import Any, ClassVar, cast
 
@@ -23,7 +24,8 @@ from transformers.cache_utils import DynamicCache
 
 from headway.errors import ConfigError
 from headway.functional.targets import IGNORE_INDEX, shift_targets
-from headway.heads.base import HeadInputs, SplicedHeads
+from headway.heads.auxiliary import RegisterTokens
+from headway.heads.base import HeadInputs, SplicedHeads, TokenReadingHeads
 from headway.heads.build import build_heads
 from headway.heads.parts import BaseParts
 from headway.losses.chunked import MultiTokenLoss
@@ -34,8 +36,9 @@ from headway.model.decoding_engine import registered_engine
 from headway.model.documents import AttentionMask, isolating_mask_or_cache, positions_from_documents
 from headway.model.families import check_config, check_parity, check_shared_parts, resolve_family
 from headway.model.head_cache import cache_for_heads
-from headway.model.objective import check_objective, cut_off, last_scored, model_loss, scored_weights
+from headway.model.objective import check_objective, cut_off, last_scored, likeliest, model_loss, scored_weights
 from headway.model.output import MultiTokenOutput, OffsetHiddenStates
+from headway.model.registers import Registers, registers_beside
 from headway.model.resuming import restore_heads_too
 from headway.model.tap import BaseTap
 from headway.model.teacher import CausalTeacher
@@ -80,7 +83,7 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
                 base does not have.
         """
         family = resolve_family(base)
-        _check_attachable(mtp_config, num_layers=len(family.layers))
+        mtp_config.check_attachable(num_layers=len(family.layers))
         super().__init__(base.config)
         self.mtp_config = mtp_config
         self.family = family
@@ -93,7 +96,11 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             fresh=mtp_config.head_init == "fresh",
         )
         self.heads = build_heads(
-            mtp_config.heads, mtp_config.head_options, parts, num_heads=mtp_config.num_future_tokens - 1
+            mtp_config.heads,
+            mtp_config.head_options,
+            parts,
+            num_heads=mtp_config.num_future_tokens - 1,
+            auxiliary=mtp_config.auxiliary,
         )
         self.base = base
         self.generation_config = base.generation_config
@@ -316,6 +323,10 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         num_offsets = self.num_future_tokens
         if not return_future_logits:
             num_offsets = 1 if labels is None else min(num_offsets, last_scored(weights))
+        registers = None
+        if labels is not None and self.training and isinstance(self.heads.auxiliary, RegisterTokens):
+            embedded_BTD = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+            registers = registers_beside(self, embedded_BTD, attention_mask, position_ids, document_ids)
         states = self.offset_hidden_states(
             input_ids,
             attention_mask=mask,
@@ -326,6 +337,8 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             num_offsets=num_offsets,
             document_ids=document_ids,
             padding_mask=padding_mask,
+            on_drafts=labels is not None and self.objective.train_on_drafts,
+            registers=registers,
             **kwargs,
         )
         loss: MultiTokenLoss | None = None
@@ -336,6 +349,7 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
                 labels,
                 weights=weights,
                 input_ids_BT=input_ids,
+                registers=registers,
                 attention_mask=attention_mask,
                 position_ids_BT=position_ids,
                 document_ids_BT=document_ids,
@@ -357,6 +371,7 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             logits = self.unembed(states.last_hidden_BTD[:, keep])
         output = MultiTokenOutput(
             loss=None if loss is None else loss.total,
+            auxiliary_loss=None if loss is None else loss.auxiliary,
             logits=logits,
             loss_per_offset=None if loss is None or plain_output else loss.per_offset_N,
             num_correct_per_offset=None if loss is None or plain_output else loss.num_correct_N,
@@ -383,6 +398,8 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         num_offsets: int | None = None,
         document_ids: Tensor | None = None,
         padding_mask: Tensor | None = None,
+        on_drafts: bool = False,
+        registers: Registers | None = None,
         **kwargs: Any,
     ) -> OffsetHiddenStates:
         """One pass through trunk and heads, without unembedding; masks and caches reach the family's forward unchanged.
@@ -397,6 +414,8 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             num_offsets: heads beyond this offset are not run; None runs all.
             document_ids: for heads that read the tokens after a position: of its own document only.
             padding_mask: the same for padding, where `attention_mask` is not [B, T] itself.
+            on_drafts: heads that read tokens read their own drafts (`TrainingObjective.train_on_drafts`).
+            registers: run the row with these beside it (`headway.model.registers`).
             kwargs: for the base's own forward.
 
         Raises:
@@ -427,7 +446,7 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             "past_key_values": past_key_values,
             "inputs_embeds": inputs_embeds,
             "use_cache": use_cache,
-        }
+        } | ({} if registers is None else registers.arguments)
         if padding_mask is None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             padding_mask = attention_mask
 
@@ -445,13 +464,17 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             splice=heads.splice if isinstance(heads, SplicedHeads) and heads.num_heads else None
         ) as tap:
             decoder_output = self.family.decoder(**arguments, **kwargs)
+            last_hidden_BTD, register_hidden_BTD = decoder_output[0], None
             inputs = HeadInputs(
-                hidden_BTD=tap.reading(decoder_output[0]),
+                hidden_BTD=tap.reading(last_hidden_BTD),
                 call=tap.call,
                 embed=self.get_input_embeddings(),
                 following=following,
                 spliced=tap.spliced,
             )
+        if registers is not None:
+            last_hidden_BTD, register_hidden_BTD = registers.split(last_hidden_BTD)
+            inputs = registers.without(inputs, self.family.last_layer)
         if self.objective.detach_trunk != "off":
             inputs = cut_off(inputs)
         future: tuple[Tensor, ...] = ()
@@ -459,10 +482,14 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             # A growing cache cannot take back what heads compute from tokens that are not there yet.
             teacher = heads.reads_tokens and (past_key_values is None or isinstance(past_key_values, DynamicCache))
             readable = replace(inputs, call=inputs.call.without_cache()) if teacher else inputs
-            future = heads.future_hidden(readable, num_heads=wanted - 1)
+            if on_drafts and isinstance(heads, TokenReadingHeads):
+                future = heads.drafted_hidden(readable, num_heads=wanted - 1, choose=partial(likeliest, self))
+            else:
+                future = heads.future_hidden(readable, num_heads=wanted - 1)
         return OffsetHiddenStates(
-            last_hidden_BTD=decoder_output[0],
+            last_hidden_BTD=last_hidden_BTD,
             future_hidden=future,
+            register_hidden_BTD=register_hidden_BTD,
             previous_tokens=tuple(following(ahead) for ahead in range(1, wanted)) if heads.autoregressive else None,
             head_inputs=inputs if heads.autoregressive else None,
             past_key_values=getattr(decoder_output, "past_key_values", None),
@@ -562,26 +589,10 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             ConfigError: another number of tokens where heads have matrices of the vocabulary's size themselves.
         """
         rows = cast(Tensor, new_embeddings.weight).shape[0]
-        own = self.heads.unembeddings is not None or self.heads.markov is not None
-        if own and rows != self.family.lm_head.weight.shape[0]:
+        if self.heads.vocabulary_matrices and rows != self.family.lm_head.weight.shape[0]:
             raise ConfigError(
                 f"a vocabulary of {rows} tokens does not fit heads that have matrices for "
                 f"{self.family.lm_head.weight.shape[0]}; resize the base first and attach the heads then"
             )
         self.base.set_output_embeddings(new_embeddings)
         self.family = resolve_family(self.base)
-
-
-def _check_attachable(mtp_config: MultiTokenConfig, *, num_layers: int) -> None:
-    if mtp_config.changes_base and not mtp_config.allow_base_change:
-        raise ConfigError(
-            f"wiring={mtp_config.wiring!r} puts the heads into the next-token path, so that a pretrained base is no longer "
-            f"the model it was; train from scratch with MultiTokenLM.from_config, or pass allow_base_change=True"
-        )
-    if mtp_config.tap_back >= num_layers:
-        raise ConfigError(
-            f"tap_back={mtp_config.tap_back} reads before the first of the base's {num_layers} layers; pass at most "
-            f"{num_layers - 1}"
-        )
-    if mtp_config.fuse_layers and num_layers < 3:
-        raise ConfigError(f"fuse_layers reads three layers of the base: got a base of {num_layers}; leave it out")

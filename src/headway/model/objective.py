@@ -17,8 +17,10 @@ from headway.heads.base import HeadInputs
 from headway.losses.chunked import Distillation, LowRankBias, MultiTokenLoss, chunked_loss
 from headway.losses.distillation import Teacher
 from headway.losses.objective import TrainingObjective
+from headway.model.auxiliary import auxiliary_loss
 from headway.model.documents import AttentionMask
 from headway.model.output import OffsetHiddenStates
+from headway.model.registers import Registers
 from headway.model.teacher import CausalTeacher
 
 if TYPE_CHECKING:
@@ -35,6 +37,11 @@ def check_objective(model: MultiTokenLM, objective: TrainingObjective, teacher: 
         raise ConfigError(
             f"detach_trunk={objective.detach_trunk!r} cannot cut heads with wiring={model.mtp_config.wiring!r} off: the "
             f"next-token path runs through them; leave it 'off', or use wiring='parallel'"
+        )
+    if objective.train_on_drafts and not model.heads.reads_tokens:
+        raise ConfigError(
+            f"train_on_drafts is for heads that read drafted tokens (sequential, hydra): got {model.mtp_config.heads}; leave "
+            f"it out"
         )
     if teacher is not None and not objective.distills:
         raise ConfigError("a teacher needs a divergence: got cross_entropy, which has none; choose one, such as kl")
@@ -96,13 +103,14 @@ def model_loss(
     *,
     weights: Sequence[float],
     input_ids_BT: Tensor | None = None,
+    registers: Registers | None = None,
     attention_mask: AttentionMask = None,
     position_ids_BT: Tensor | None = None,
     document_ids_BT: Tensor | None = None,
     num_valid_targets_N: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
 ) -> MultiTokenLoss:
-    """The loss of one pass over all offsets; see `MultiTokenLM.forward`.
+    """The loss of one pass over all offsets, in train mode with the auxiliary objective's; see `MultiTokenLM.forward`.
 
     Args:
         model: gives norm, unembeddings, objective and teacher.
@@ -110,6 +118,7 @@ def model_loss(
         labels_BT: unshifted token ids; -100 is ignored.
         weights: from `scored_weights`.
         input_ids_BT: what the pass was fed, for another model that teaches.
+        registers: of the pass, where the auxiliary objective has them.
         attention_mask: as the caller gave it.
         position_ids_BT: see `headway.functional.targets.shift_targets`.
         document_ids_BT: see `headway.functional.targets.shift_targets`.
@@ -153,7 +162,7 @@ def model_loss(
         distillation = Distillation(
             objective, Teacher(states.last_hidden_BTD, base_matrix_VD, model.family.soft_cap), first_offset=2
         )
-    return chunked_loss(
+    loss = chunked_loss(
         hidden,
         matrices,
         labels_BT.to(states.last_hidden_BTD.device),
@@ -167,6 +176,28 @@ def model_loss(
         biases=_biases(model, states, weights),
         distillation=distillation,
     )
+    if not (model.training and model.heads.auxiliary is not None):
+        return loss
+    auxiliary = auxiliary_loss(
+        model,
+        states,
+        labels_BT.to(states.last_hidden_BTD.device),
+        registers=registers,
+        position_ids_BT=position_ids_BT,
+        document_ids_BT=document_ids_BT,
+        attention_mask_BT=attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None,
+        count=None if num_valid_targets_N is None else num_valid_targets_N[0],
+    )
+    weight = model.mtp_config.auxiliary_options.weight
+    return replace(loss, total=loss.total + weight * auxiliary.total, auxiliary=auxiliary.total.detach())
+
+
+def likeliest(model: MultiTokenLM, hidden_BTD: Tensor, offset: int) -> Tensor:
+    """The heads' likeliest tokens [B, T] of an offset, without a gradient and with one chunk of logits alive."""
+    with torch.no_grad():
+        chunks = torch.split(hidden_BTD.detach().flatten(0, 1), model.mtp_config.loss_chunk_tokens)
+        likeliest_M = torch.cat([model.offset_logits(chunk_CD, offset=offset).argmax(dim=-1) for chunk_CD in chunks])
+    return likeliest_M.view(hidden_BTD.shape[:2])
 
 
 def _before_unembedding(model: MultiTokenLM, hidden_BTD: Tensor, *, offset: int) -> Tensor:

@@ -24,6 +24,7 @@ class MultiTokenOutput(ModelOutput):  # type: ignore[misc]
         hidden_states: the base's own, where asked for.
         attentions: the base's own, where asked for.
         num_correct_per_offset: valid targets of each offset that no other token outscores, int64 [N]; a tie counts as correct.
+        auxiliary_loss: detached nats of the auxiliary objective per next-token target, before its weight; in train mode only.
         objective_per_offset: like loss_per_offset, what is trained; only where heads are distilled.
     """
 
@@ -36,6 +37,7 @@ class MultiTokenOutput(ModelOutput):  # type: ignore[misc]
     attentions: tuple[Tensor, ...] | None = None
     num_correct_per_offset: Tensor | None = None
     objective_per_offset: Tensor | None = None
+    auxiliary_loss: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class OffsetHiddenStates:
             the final norm where the heads use it).
         previous_tokens: per item of `future_hidden` the token just before the predicted one [B, T], -100 where there is
             none; None for heads that do without.
+        register_hidden_BTD: of registers beside the row, after the final norm; None where there are none.
         head_inputs: what heads that draft in turn start from; None for others.
         past_key_values: the cache that the base used.
         hidden_states: the base's own, where asked for.
@@ -57,6 +60,7 @@ class OffsetHiddenStates:
     last_hidden_BTD: Tensor
     future_hidden: tuple[Tensor, ...]
     previous_tokens: tuple[Tensor, ...] | None = None
+    register_hidden_BTD: Tensor | None = None
     head_inputs: HeadInputs | None = None
     past_key_values: Any | None = None
     hidden_states: tuple[Tensor, ...] | None = None
