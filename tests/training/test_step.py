@@ -158,3 +158,26 @@ def test_the_configuration_of_heads_reaches_the_loss(batch):
     built.mtp_config = MultiTokenConfig(num_future_tokens=2, offset_weights=(1.0, 0.0))
     outcome = optimizer_step(built, optimizer, [batch], precision="float32", gradient_clip=None)
     assert outcome.loss == pytest.approx(outcome.loss_per_offset[0])
+
+
+@pytest.mark.parametrize("optimizer_name", ["adamw", "muon"])
+def test_heads_whose_offset_has_no_weight_are_neither_trained_nor_decayed(batch, optimizer_name):
+    built = tiny_model().train()
+    optimizer = TrainingOptimizer(built, TrainConfig(size="1M", optimizer=optimizer_name))
+    before = {name: parameter.detach().clone() for name, parameter in built.named_parameters()}
+    outcome = optimizer_step(
+        built, optimizer, list(batch.split(4)), precision="float32", gradient_clip=1.0, offset_weights=(1.0, 0.0)
+    )
+    assert outcome.loss == pytest.approx(outcome.loss_per_offset[0])
+    assert outcome.loss_per_offset[1] is None
+    assert outcome.accuracy_per_offset[1] is None
+    for name, parameter in built.named_parameters():
+        assert torch.equal(parameter, before[name]) == name.startswith("heads."), name
+    state = optimizer.state_tensors()
+    resting = [name for name in before if name.startswith("heads.")]
+    assert {name for name in state if name.partition("/")[2] in resting} == {f"resting/{name}" for name in resting}
+    again = TrainingOptimizer(built, TrainConfig(size="1M", optimizer=optimizer_name))
+    again.load_state_tensors(state)
+    restored = again.state_tensors()
+    assert restored.keys() == state.keys()
+    assert all(torch.equal(restored[name], state[name]) for name in state)
