@@ -46,6 +46,11 @@ def recipe_names() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
+def recipe_summaries() -> dict[str, str]:
+    """Names that `--recipe` takes, sorted, each with the first line of its file."""
+    return {name: _recipe_text(name).splitlines()[0].removeprefix("# ") for name in recipe_names()}
+
+
 def read_recipe(name: str) -> dict[str, Any]:
     """The checked fields that a recipe sets.
 
@@ -54,8 +59,11 @@ def read_recipe(name: str) -> dict[str, Any]:
     """
     if name not in recipe_names():
         raise ConfigError(f"unknown recipe {name!r}; {nearest(name, recipe_names())}")
-    text = (resources.files("headway.training") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
-    return _checked_fields(_parse_yaml(text, source=f"recipe {name}"), source=f"recipe {name}")
+    return _checked_fields(_parse_yaml(_recipe_text(name), source=f"recipe {name}"), source=f"recipe {name}")
+
+
+def _recipe_text(name: str) -> str:
+    return (resources.files("headway.training") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:

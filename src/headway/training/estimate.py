@@ -19,36 +19,17 @@ from headway.data.tokenizers import load_tokenizer
 from headway.model.memory import model_footprint
 from headway.model.multi_token_lm import MultiTokenLM
 from headway.training.config import TrainConfig
+from headway.training.devices import Device
+from headway.training.layouts import Layout, MemoryEstimate, exchanged_bytes, layouts, of_one_device
 from headway.training.model_building import base_config, fresh_model
 from headway.training.optimizers import parameter_kinds
+from headway.training.parallel import Mode, parallel_mode
 from headway.training.precision import forward_precision
+from headway.training.step_shape import step_shape
+from headway.training.step_time import StepTime, estimate_step_time
+from headway.training.telemetry import count_flops
 
 _FLOAT32_BYTES = 4
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes of one training process at the peak of a step.
-
-    Attributes:
-        weights: float32.
-        gradients: float32.
-        optimizer: AdamW's two moments, or Muon's one for the matrices.
-        activations: what autograd keeps of one micro-batch for the backward pass, with the layer that is recomputed
-            where gradient checkpointing is on.
-        loss: the chunk of logits that is alive, gradients of N hidden states and of the unembeddings.
-    """
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    loss: int
-
-    @property
-    def total(self) -> int:
-        """Sum of all; temporaries of the backward pass and of the framework come on top."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.loss
 
 
 @dataclass(frozen=True)
@@ -60,10 +41,15 @@ class TrainingPlan:
         non_embedding_parameters: without embedding and unembedding.
         head_parameters: heads of offsets 2..n.
         vocabulary_size: tokens.
-        memory: at the peak of a step.
+        parallel: how the processes share the model.
+        processes: that train it, one device each.
+        memory: of one device at the peak of a step, as the configuration says it.
+        layouts: the same for every way of sharing the model among the processes, without and with checkpointing.
+        flops_per_token: of forward and backward; None for a model that cannot be counted.
         steps: optimizer steps; None where epochs are asked for, whose steps only the text can tell.
         warmup_steps: of them.
-        tokens_per_step: input tokens.
+        micro_batches: of each process in a step.
+        tokens_per_step: input tokens of all processes together.
         tokens: of the whole run.
     """
 
@@ -71,44 +57,89 @@ class TrainingPlan:
     non_embedding_parameters: int
     head_parameters: int
     vocabulary_size: int
+    parallel: Mode
+    processes: int
     memory: MemoryEstimate
+    layouts: tuple[Layout, ...]
+    flops_per_token: int | None
     steps: int | None
     warmup_steps: int | None
+    micro_batches: int
     tokens_per_step: int
     tokens: int | None
 
     def to_json(self) -> dict[str, Any]:
-        """All fields, with the memory's total, JSON-ready."""
+        """All fields, with the totals of memory, JSON-ready."""
         values = asdict(self)
         values["memory"]["total"] = self.memory.total
+        for layout, record in zip(self.layouts, values["layouts"], strict=True):
+            record["memory"]["total"] = layout.memory.total
         return values
 
+    def time_on(self, device: Device) -> StepTime | None:
+        """How long a step takes there; None for a model whose operations cannot be counted."""
+        if self.flops_per_token is None:
+            return None
+        chosen = next(layout for layout in self.layouts if layout.memory == self.memory)
+        return estimate_step_time(
+            device,
+            flops_per_token=self.flops_per_token,
+            tokens=self.tokens_per_step,
+            processes=self.processes,
+            weight_bytes=self.memory.weights,
+            optimizer_bytes=self.memory.optimizer,
+            gradient_checkpointing=chosen.gradient_checkpointing,
+            exchanged_bytes=exchanged_bytes(
+                self.total_parameters * _FLOAT32_BYTES,
+                mode=self.parallel,
+                processes=self.processes,
+                micro_batches=self.micro_batches,
+            ),
+            steps=self.steps,
+        )
 
-def plan_training(config: TrainConfig) -> TrainingPlan:
+
+def plan_training(config: TrainConfig, *, processes: int = 1) -> TrainingPlan:
     """Resolve a configuration to a model and count what it takes; no weight is allocated and no text is read.
 
+    A teacher's weights are not counted.
+
+    Args:
+        config: of the run.
+        processes: that `torchrun` would start, one device each.
+
     Raises:
-        ConfigError: a model that cannot be built.
+        ConfigError: a model that cannot be built, or a way of sharing it that does not fit the number of processes.
         DataError: no such tokenizer.
     """
+    mode = parallel_mode(config.parallel, count=processes)
     shape = base_config(config, load_tokenizer(config.tokenizer_name))
     with torch.device("meta"):
         model = fresh_model(config, shape)
     footprint = model_footprint(model, dtype=torch.float32)
+    activations = _activations(model, config)
+    whole = _memory(model, config, activations=activations[config.gradient_checkpointing][1])
+    step = step_shape(config, processes=processes)
+    known = config.epochs is None
     return TrainingPlan(
         total_parameters=footprint.total_parameters,
         non_embedding_parameters=footprint.non_embedding_parameters,
         head_parameters=footprint.head_parameters,
         vocabulary_size=shape.vocab_size,
-        memory=_memory(model, config),
-        steps=config.steps if config.epochs is None else None,
-        warmup_steps=config.total_warmup_steps if config.epochs is None else config.warmup_steps,
-        tokens_per_step=config.tokens_per_step,
-        tokens=config.steps * config.tokens_per_step if config.epochs is None else None,
+        parallel=mode,
+        processes=processes,
+        memory=of_one_device(model, whole, mode=mode, processes=processes),
+        layouts=layouts(model, whole, processes=processes, activations=activations),
+        flops_per_token=count_flops(config, shape),
+        steps=config.steps if known else None,
+        warmup_steps=config.total_warmup_steps if known else config.warmup_steps,
+        micro_batches=step.micro_batches,
+        tokens_per_step=step.tokens,
+        tokens=config.steps * step.tokens if known else None,
     )
 
 
-def _memory(model: MultiTokenLM, config: TrainConfig) -> MemoryEstimate:
+def _memory(model: MultiTokenLM, config: TrainConfig, *, activations: int) -> MemoryEstimate:
     kinds = parameter_kinds(model)
     sizes = {name: parameter.numel() * _FLOAT32_BYTES for name, parameter in model.named_parameters()}
     weights = sum(sizes.values())
@@ -125,23 +156,22 @@ def _memory(model: MultiTokenLM, config: TrainConfig) -> MemoryEstimate:
         weights=weights,
         gradients=weights,
         optimizer=sum(moments[name] * sizes[name] for name in kinds),
-        activations=_activations(model, config),
+        activations=activations,
         loss=chunk_bytes + hidden_bytes + (1 + own) * vocabulary * width * _FLOAT32_BYTES,
     )
 
 
-def _activations(model: MultiTokenLM, config: TrainConfig) -> int:
+def _activations(model: MultiTokenLM, config: TrainConfig) -> tuple[tuple[bool, int], tuple[bool, int]]:
+    """Bytes without and with gradient checkpointing."""
     model.train()
     # allow_non_fake_inputs: constants that a family's rotary embedding holds are real tensors.
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         kept = kept_for_backward(model, config)
-        if not config.gradient_checkpointing:
-            return kept
         model.activation_checkpointing_enable({"use_reentrant": False})
         checkpoints = kept_for_backward(model, config)
     layers = len(model.family.layers) + len(model.heads.decoder_layers)
-    return checkpoints + (kept - checkpoints) // layers
+    return (False, kept), (True, checkpoints + (kept - checkpoints) // layers)
 
 
 def kept_for_backward(model: MultiTokenLM, config: TrainConfig) -> int:
