@@ -11,11 +11,19 @@ from headway.convert.lazy_model import ModelFormat
 from headway.convert.medusa.engine import MedusaEngineFolder
 from headway.convert.medusa.folder import MedusaFolder
 from headway.convert.plain_folder import PlainFolder
+from headway.convert.sequential.folder import TransformersMtpFolder
 from headway.errors import ConfigError
 
 MODEL_FORMATS: dict[str, ModelFormat] = {
     format_.name: format_
-    for format_ in (HeadwayFolder(), PlainFolder(), FacebookFolder(), MedusaFolder(), MedusaEngineFolder())
+    for format_ in (
+        HeadwayFolder(),
+        PlainFolder(),
+        FacebookFolder(),
+        MedusaFolder(),
+        MedusaEngineFolder(),
+        TransformersMtpFolder(),
+    )
 }
 """In the order of `headway.convert.names.FORMATS`."""
 

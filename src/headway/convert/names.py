@@ -8,5 +8,6 @@ FORMATS: dict[str, str] = {
     "facebook": "params.json and consolidated.*.pth as in facebook/multi-token-prediction",
     "medusa": "Medusa heads alone in FasterDecoding's layout, medusa_lm_head.pt or .safetensors; --base is their base",
     "medusa-engine": "Medusa heads alone as serving engines load them, config.json and model.safetensors",
+    "transformers-mtp": "sequential modules beside their base, as transformers and released checkpoints keep them",
 }
 """Name -> what a folder of this format is; `headway.convert.formats` holds the code of each."""

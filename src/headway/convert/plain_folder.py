@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from headway.convert.architecture import PLAIN, Architecture, architecture, match_base
 from headway.convert.lazy_model import LazyModel, LazyTensor, WeightChange
+from headway.convert.recognise import looks_like
 from headway.convert.safetensors_files import INDEX_FILE, SINGLE_FILE, open_checkpoint, write_checkpoint, writing_order
 from headway.convert.stack import plain_stack
 from headway.errors import CheckpointError
@@ -47,7 +48,13 @@ class PlainFolder:
                 f"{folder} holds heads (mtp/), which the format hf would leave behind; read it as --from headway",
                 path=folder,
             )
-        return read_plain(folder)
+        try:
+            return read_plain(folder)
+        except CheckpointError as error:
+            other = looks_like(folder)
+            if other in (None, self.name):
+                raise
+            raise CheckpointError(f"{error}; it looks like --from {other}", path=folder) from error
 
     def prepare(self, model: LazyModel) -> LazyModel:
         """See `ModelFormat.prepare`: the base, or the whole stack of layers where the next token needs the heads."""
@@ -196,13 +203,20 @@ def common_dtype(tensors: Mapping[str, LazyTensor]) -> torch.dtype:
     return max(counts, key=lambda dtype: counts[dtype])
 
 
-def load_plain(folder: Path) -> Any:
+def load_plain(folder: Path, *, config: Any = None) -> Any:
     """The causal LM in a folder, in float32 and in eval mode, with every weight from the folder.
+
+    Args:
+        folder: a plain folder, or the top of a headway folder.
+        config: of the causal LM, where it is not the folder's own.
 
     Raises:
         CheckpointError: weights that the folder does not hold.
     """
-    causal_lm, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    options = {} if config is None else {"config": config}
+    causal_lm, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, **options
+    )
     lost = sorted(map(str, [*report.get("missing_keys", ()), *report.get("mismatched_keys", ())]))
     if lost:
         raise CheckpointError(
