@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 import click
 
-from headway.errors import HeadwayError
+from headway.cli.launched import EXIT_USAGE, launched_rank
+from headway.errors import ConfigError, HeadwayError
 
 EXIT_UNEXPECTED = 1
-EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 EXIT_PIPE_CLOSED = 141  # what a shell reports for a program that SIGPIPE ended
 
@@ -39,6 +39,9 @@ COMMANDS = {
         "headway.cli.train",
         "train_command",
         "Train a multi-token model from text, or continue the unfinished run in the output folder.",
+    ),
+    "report": CommandEntry(
+        "headway.cli.report", "report_command", "Compare training runs on one page, from their metrics alone."
     ),
     "generate": CommandEntry(
         "headway.cli.generate", "generate_command", "Continue a prompt, faster, with not one token changed."
@@ -130,8 +133,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The interpreter flushes stdout once more when it ends; there is no one left to read it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_PIPE_CLOSED
-    except click.ClickException as error:
-        return _report(_usage_message(error), EXIT_USAGE, debug=debug)
+    except (click.ClickException, ConfigError) as error:
+        if launched_rank():
+            # Every process that a launcher started reads the same options: the first one tells.
+            return EXIT_USAGE
+        message = _usage_message(error) if isinstance(error, click.ClickException) else str(error)
+        return _report(message, EXIT_USAGE, debug=debug)
     except HeadwayError as error:
         return _report(str(error), EXIT_USAGE, debug=debug)
     except Exception as error:
@@ -174,5 +181,6 @@ def _report(message: str, status: int, *, debug: bool) -> int:
     if debug:
         traceback.print_exc()
     line = re.sub(r"\s*[\r\n]+\s*", " ", message.strip())
-    click.echo(f"error: {line}", err=True)
+    rank = launched_rank()
+    click.echo(f"error: {f'rank {rank}: ' if rank else ''}{line}", err=True)
     return status

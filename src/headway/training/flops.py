@@ -5,6 +5,8 @@ Legend: T positions, D width, V vocabulary, N future tokens.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -67,9 +69,9 @@ def _weight_products(model: MultiTokenLM) -> int:
 
 def _attention(model: MultiTokenLM, sequence_length: int) -> int:
     """Operations of scores and values of one token in all layers, forward."""
-    config = model.base.config
-    heads = config.num_attention_heads
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    config: Any = model.base.config
+    heads = int(config.num_attention_heads)
+    width = heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     cache = model_footprint(model, dtype=torch.float32).cache
     whole = (cache.layers - cache.sliding_layers) * mean_context(sequence_length)
     sliding = cache.sliding_layers * mean_context(sequence_length, window=cache.sliding_window)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -27,10 +27,10 @@ class Screen:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The rows of the screen for a width."""
-        yield Group(
-            self._progress(),
-            *([] if self._standing.step is None else [self._offsets(options.max_width), self._facts()]),
-        )
+        yield self._progress()
+        if self._standing.step is not None:
+            yield self._offsets(options.max_width)
+            yield self._facts()
 
     def _progress(self) -> Table:
         run, step = self._standing.run, self._standing.step
