@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headway.errors import ConfigError
 from headway.functional.targets import shift_targets
 from headway.heads.base import ChainedHeads, HeadInputs, LayerCall, ParallelHeads
 from headway.heads.transformer import AnticausalTransformerHeads, run_head
 from headway.losses.chunked import LowRankBias, loss_of_targets
+from headway.losses.objective import TrainingObjective
 from headway.model.documents import isolating_mask
 from headway.model.multi_token_lm import MultiTokenLM
 from headway.model.tap import Cut
@@ -55,11 +57,17 @@ def backward_per_head(
     Raises:
         ValueError: labels or ids of a wrong shape.
         DataError: a label outside the vocabulary.
-        ConfigError: packed documents with an attention implementation that takes no mask per token pair.
+        ConfigError: packed documents with an attention implementation that takes no mask per token pair; an objective
+            that is not the paper's.
 
     Source: Gloeckle et al. 2024 (arXiv:2404.19737), section 2, Figure 2; appendix B, Figure S11.
     """
     family, num_future_tokens, heads = model.family, model.num_future_tokens, model.heads
+    if model.objective != TrainingObjective() or heads.auxiliary is not None:
+        raise ConfigError(
+            f"the head-by-head schedule is that of the paper's own loss: got {model.objective} and auxiliary="
+            f"{model.mtp_config.auxiliary!r}; use model(input_ids, labels=labels).loss.backward()"
+        )
     mask = isolating_mask(
         model.config,
         shape=(input_ids_BT.shape[0], input_ids_BT.shape[1]),
