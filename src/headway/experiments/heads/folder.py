@@ -1,4 +1,4 @@
-"""The folder of a comparison: its mark says with which settings it was begun, so that only the same ones go on in it."""
+"""The folder of a comparison: its mark says how its models are trained, so that only the same training goes on in it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from headway.errors import ConfigError
 from headway.experiments.demo.folder import write_json
 
 MARK = "headway-heads.json"
-"""A file of this name says that a comparison of heads wrote the folder; it holds the settings."""
+"""A file of this name says that a comparison of heads wrote the folder; it holds how models are trained."""
 
 
 def claim_folder(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
@@ -20,7 +20,7 @@ def claim_folder(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) 
 
     Args:
         folder: missing or empty, or an earlier comparison.
-        settings: what its figures depend on.
+        settings: how its models are trained.
         overwrite: delete the earlier comparison first.
 
     Raises:
@@ -45,24 +45,23 @@ def claim_folder(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) 
             entry = folder / name
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / MARK, {"finished": False, "settings": dict(settings)})
+    write_json(folder / MARK, {"finished": False, "training": dict(settings)})
 
 
 def finish_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     """Say in the mark that the folder holds a whole comparison."""
-    write_json(folder / MARK, {"finished": True, "settings": dict(settings)})
+    write_json(folder / MARK, {"finished": True, "training": dict(settings)})
 
 
 def _check_same(folder: Path, settings: Mapping[str, Any]) -> None:
     try:
-        saved = json.loads((folder / MARK).read_text(encoding="utf-8"))["settings"]
+        saved = json.loads((folder / MARK).read_text(encoding="utf-8"))["training"]
         # As a file gives them back: JSON knows no tuples.
         wanted = json.loads(json.dumps(settings))
         changed = [
-            f"{name} was {saved[part].get(name)}, is {wanted[part].get(name)}"
-            for part in wanted
-            for name in sorted(saved[part].keys() | wanted[part].keys())
-            if saved[part].get(name) != wanted[part].get(name)
+            f"{name} was {saved.get(name)}, is {wanted.get(name)}"
+            for name in sorted(saved.keys() | wanted.keys())
+            if saved.get(name) != wanted.get(name)
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(

@@ -16,6 +16,7 @@ from headway.data.loader import Batch, held_out_windows
 from headway.data.token_cache import TokenCache
 from headway.decoding.compare import compare_greedy
 from headway.evaluation.acceptance import walk_acceptance
+from headway.evaluation.first_block import first_block_acceptance
 from headway.evaluation.head_caches import check_head_caches
 from headway.evaluation.likelihood import evaluate_likelihood
 from headway.evaluation.step_bytes import bytes_per_step
@@ -38,10 +39,12 @@ class HeldOut:
 
     Attributes:
         windows: rows of the training length, for likelihood and loop-free acceptance.
-        prompts_BT: prompts, spread evenly over the text.
+        block_prompts_BT: prompts for the first block after held-out text.
+        prompts_BT: prompts that are decoded for longer.
     """
 
     windows: Batch
+    block_prompts_BT: Tensor
     prompts_BT: Tensor
 
     @classmethod
@@ -52,11 +55,14 @@ class HeldOut:
             DataError: too little held-out text.
         """
         length = int(scale.fields["sequence_length"])
+
+        def prompts(tokens: int, count: int) -> Tensor:
+            return held_out_windows(cache, sequence_length=tokens, max_windows=count).input_ids_BT
+
         return cls(
             windows=held_out_windows(cache, sequence_length=length, max_windows=scale.held_out_rows),
-            prompts_BT=held_out_windows(
-                cache, sequence_length=scale.prompt_tokens, max_windows=scale.prompts
-            ).input_ids_BT,
+            block_prompts_BT=prompts(scale.block_prompt_tokens, scale.block_prompts),
+            prompts_BT=prompts(scale.prompt_tokens, scale.prompts),
         )
 
 
@@ -72,6 +78,7 @@ def measure_model(folder: Path, held_out: HeldOut, scale: HeadsScale) -> dict[st
     drafts = model.num_future_tokens - 1
     figures: dict[str, Any] = {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "reads_tokens": model.heads.autoregressive,
         "head_parameters": sum(parameter.numel() for parameter in model.heads.parameters()),
         "base_layers": len(model.family.layers),
         "held_out": _quality(model, held_out, acceptance=True),
@@ -104,6 +111,7 @@ def _quality(model: MultiTokenLM, held_out: HeldOut, *, acceptance: bool) -> dic
             document_ids_BT=windows.document_ids_BT,
             rows_per_forward=_ROWS_PER_FORWARD,
         ).to_json()
+        figures["first_block"] = first_block_acceptance(model, held_out.block_prompts_BT).to_json()
     return figures
 
 

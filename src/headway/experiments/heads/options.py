@@ -41,6 +41,8 @@ class HeadsScale:
     Attributes:
         fields: options of every run, laid over the recipe.
         held_out_rows: held-out rows of the training length for likelihood and loop-free acceptance.
+        block_prompts: held-out prompts whose first block counts as loop-free acceptance of the real decoder.
+        block_prompt_tokens: length of each.
         prompts: held-out prompts that are decoded, for equality and for the check of caches.
         prompt_tokens: length of each.
         new_tokens: decoded after each.
@@ -54,6 +56,8 @@ class HeadsScale:
 
     fields: Mapping[str, Any]
     held_out_rows: int
+    block_prompts: int
+    block_prompt_tokens: int
     prompts: int
     prompt_tokens: int
     new_tokens: int
@@ -77,6 +81,8 @@ FULL = HeadsScale(
         "checkpoint_every_steps": 100,
     },
     held_out_rows=64,
+    block_prompts=1024,
+    block_prompt_tokens=64,
     prompts=8,
     prompt_tokens=64,
     new_tokens=64,
@@ -100,6 +106,8 @@ SMOKE = HeadsScale(
         "checkpoint_every_steps": None,
     },
     held_out_rows=2,
+    block_prompts=6,
+    block_prompt_tokens=16,
     prompts=2,
     prompt_tokens=16,
     new_tokens=8,
@@ -189,8 +197,8 @@ class HeadsOptions:
             fields |= {"data": list(self.data)}
         return resolve_config(recipe=RECIPE, overrides=fields)
 
-    def settings(self) -> dict[str, Any]:
-        """What must be the same for figures in one folder to be comparable, JSON-ready; variants and seeds may be added."""
+    def training_settings(self) -> dict[str, Any]:
+        """What must be the same for runs to share a folder, JSON-ready; variants and seeds may be added."""
         shared = self.training_config(chosen_variants(())[0], seed=0).to_dict()
         own = ("seed", "output", "cache_directory", "threads", "num_future_tokens")
         # Without fields that have their defaults, so that a later headway with more fields may go on.
@@ -200,10 +208,11 @@ class HeadsOptions:
             for name, value in shared.items()
             if name not in own and value != _listed(defaults.get(name, _NO_DEFAULT))
         }
-        return {
-            "training": training | {"num_future_tokens": self.scale.fields["num_future_tokens"]},
-            "evaluation": {name: value for name, value in vars(self.scale).items() if name != "fields"},
-        }
+        return training | {"num_future_tokens": self.scale.fields["num_future_tokens"]}
+
+    def evaluation_settings(self) -> dict[str, Any]:
+        """What figures depend on beside the runs; where it changes, runs are measured again, not trained again."""
+        return {name: value for name, value in vars(self.scale).items() if name != "fields"}
 
 
 def _listed(value: Any) -> Any:

@@ -41,8 +41,12 @@ def report_page(result: HeadsResult) -> str:
         f"{machine['threads']} thread{'' if machine['threads'] == 1 else 's'}.",
         _verdict(result),
         "## What they learn",
-        "Held-out loss in nats of each offset, and loop-free tokens per forward (drafts checked along the held-out text "
-        "itself): mean over seeds +- standard deviation.",
+        f"Held-out loss in nats of each offset; tokens per forward of the first block that the decoder writes after each of "
+        f"{result.settings['evaluation']['block_prompts']} held-out prompts (loop-free: the text is real up to there); drafts "
+        f"accepted among those whose earlier offsets were; tokens per forward of a walk along the held-out text itself. Mean "
+        f"over seeds +- standard deviation. Heads marked * are told the tokens between a position and their offset: their "
+        f"losses from offset 2 on and their walk are of an easier task, not to be compared with those of the others; the "
+        f"first block is.",
         _table(*_learned(result)),
         _drawing("loss.svg", "Held-out loss of every offset"),
         _drawing("acceptance.svg", "Loop-free tokens per forward"),
@@ -96,10 +100,11 @@ def _learned(result: HeadsResult) -> Table:
         rates = [_percent(value.mean) for value in variant.acceptance_rate]
         rows.append(
             (
-                variant.name,
+                f"{variant.name} *" if variant.reads_tokens else variant.name,
                 *_padded(nats, offsets),
                 _with_deviation(variant.acceptance_length, 3) if variant.acceptance_rate else "",
                 *_padded(rates, offsets - 1),
+                _with_deviation(variant.walk_length, 3) if variant.acceptance_rate else "",
             )
         )
     columns = (
@@ -107,6 +112,7 @@ def _learned(result: HeadsResult) -> Table:
         *(f"nats {offset}" for offset in range(1, offsets + 1)),
         "tokens per forward",
         *(f"accepted {offset}" for offset in range(2, offsets + 1)),
+        "walk",
     )
     return columns, rows
 

@@ -61,10 +61,13 @@ class VariantResult:
         parameters: of the model.
         head_parameters: of them, those of the heads.
         base_layers: decoder layers on the base's side.
+        reads_tokens: whether the heads are told the tokens between a position and their offset, so that their losses are
+            of an easier task than those of heads which are not.
         nats: held-out loss of each offset.
         accuracy: held-out accuracy of each offset.
-        acceptance_length: loop-free tokens per forward.
-        acceptance_rate: of offset 2, 3, ...: accepted among those whose earlier offsets were.
+        acceptance_length: loop-free tokens per forward: of the first block that the decoder writes after held-out text.
+        acceptance_rate: of offset 2, 3, ... there: accepted among those whose earlier offsets were.
+        walk_length: tokens per forward along the held-out text itself.
         untrained_nats: by kind of control, loss of each offset.
         untrained_acceptance_length: by kind of control; NaN where the heads are part of the next-token path.
         bytes_plain: read by a plain step.
@@ -85,10 +88,12 @@ class VariantResult:
     parameters: int
     head_parameters: int
     base_layers: int
+    reads_tokens: bool
     nats: tuple[Spread, ...]
     accuracy: tuple[Spread, ...]
     acceptance_length: Spread
     acceptance_rate: tuple[Spread, ...]
+    walk_length: Spread
     untrained_nats: Mapping[str, tuple[Spread, ...]]
     untrained_acceptance_length: Mapping[str, Spread]
     bytes_plain: int
@@ -149,7 +154,7 @@ class HeadsResult:
         held_out_tokens: for likelihood and loop-free acceptance.
         seconds: wall time of each part, summed over the processes that took part.
         provenance: of the process that finished it.
-        commits: of the checkouts that trained and measured the runs.
+        commits: of the checkouts that trained and that measured the runs.
     """
 
     variants: tuple[VariantResult, ...]
@@ -158,7 +163,7 @@ class HeadsResult:
     held_out_tokens: int
     seconds: Mapping[str, float]
     provenance: Mapping[str, Any]
-    commits: tuple[str, ...]
+    commits: Mapping[str, tuple[str, ...]]
 
     @property
     def sound(self) -> bool:
@@ -181,7 +186,7 @@ class HeadsResult:
             "variants": [variant.to_json() for variant in self.variants],
             "settings": json_ready(dict(self.settings)),
             "seconds": json_ready(dict(self.seconds)),
-            "commits": list(self.commits),
+            "commits": json_ready(dict(self.commits)),
             "provenance": json_ready(dict(self.provenance)),
         }
 
@@ -206,16 +211,20 @@ def variant_result(
         parameters=first["parameters"],
         head_parameters=first["head_parameters"],
         base_layers=first["base_layers"],
+        reads_tokens=first["reads_tokens"],
         nats=_per_offset(runs, lambda run: run["held_out"]["nats"]),
         accuracy=_per_offset(runs, lambda run: run["held_out"]["accuracy"]),
-        acceptance_length=spread([run["held_out"]["walk"]["mean_acceptance_length"] for run in runs]),
-        acceptance_rate=_per_offset(runs, lambda run: run["held_out"]["walk"]["acceptance_rate"]),
+        acceptance_length=spread([run["held_out"]["first_block"]["mean_acceptance_length"] for run in runs]),
+        acceptance_rate=_per_offset(runs, lambda run: run["held_out"]["first_block"]["acceptance_rate"]),
+        walk_length=spread([run["held_out"]["walk"]["mean_acceptance_length"] for run in runs]),
         untrained_nats={
             kind: _per_offset([run["untrained_heads"][kind] for run in runs], lambda control: control["nats"])
             for kind in controls
         },
         untrained_acceptance_length={
-            kind: spread([run["untrained_heads"][kind].get("walk", {}).get("mean_acceptance_length") for run in runs])
+            kind: spread(
+                [run["untrained_heads"][kind].get("first_block", {}).get("mean_acceptance_length") for run in runs]
+            )
             for kind in controls
         },
         bytes_plain=first["bytes_per_step"]["plain"]["total"],

@@ -58,7 +58,7 @@ def run_heads(
     """
     # Of the code that is loaded: the checkout may have moved on by the time a run ends.
     origin = provenance()
-    claim_folder(options.folder, options.settings(), overwrite=options.overwrite)
+    claim_folder(options.folder, options.training_settings(), overwrite=options.overwrite)
     with thread_count(options.threads):
         any_run = options.training_config(options.chosen[0], options.seeds[0])
         data = prepare_data(any_run, load_tokenizer(any_run.tokenizer_name), options.folder / TOKENS, notice=say)
@@ -85,7 +85,7 @@ def run_heads(
     result = HeadsResult(
         variants=rows,
         seeds=options.seeds,
-        settings=options.settings(),
+        settings={"training": options.training_settings(), "evaluation": options.evaluation_settings()},
         held_out_tokens=int(held_out.windows.input_ids_BT.numel()),
         seconds={
             "training": sum(run["training_seconds"] for run in every_run),
@@ -93,13 +93,13 @@ def run_heads(
             "speeds": speeds["seconds"],
         },
         provenance=origin,
-        commits=tuple(sorted({str(run["commit"]) for run in every_run})),
+        commits={part: tuple(sorted({str(run[part]) for run in every_run})) for part in ("trained_by", "measured_by")},
     )
     write_json(options.folder / DOCUMENT, result.to_json())
     for name, draw in FIGURES.items():
         write_text(options.folder / name, draw(result))
     write_text(options.folder / PAGE, report_page(result))
-    finish_folder(options.folder, options.settings())
+    finish_folder(options.folder, options.training_settings())
     return FinishedHeads(result, options.folder / PAGE)
 
 
@@ -115,8 +115,9 @@ def _one_run(
     """Train and measure one variant with one seed, or read what a former process did."""
     folder = options.run_folder(variant, seed)
     figures_file = folder / FIGURES_OF_RUN
-    if figures_file.exists():
-        return _read(figures_file)
+    measured = _read_if_current(figures_file, options)
+    if measured is not None:
+        return measured
     if not (folder / RESULT).exists():
         say(f"{variant.name}, seed {seed}: training")
         train(options.training_config(variant, seed), on_event=on_event)
@@ -124,10 +125,12 @@ def _one_run(
         figures = measure_model(folder / MODEL, held_out, options.scale)
     trained = _read(folder / RESULT)
     figures |= {
+        "evaluation": options.evaluation_settings(),
         "training_seconds": trained["elapsed_seconds"],
         "training_loss": trained["loss_per_offset"],
         "measuring_seconds": seconds(),
-        "commit": origin["commit"],
+        "trained_by": trained["provenance"]["commit"],
+        "measured_by": origin["commit"],
     }
     write_json(figures_file, figures)
     say(f"{variant.name}, seed {seed}: {_summary(figures)}")
@@ -137,10 +140,9 @@ def _one_run(
 def _speeds(options: HeadsOptions, data: TrainingData, held_out: HeldOut, say: Callable[[str], None]) -> dict[str, Any]:
     file = options.folder / SPEEDS
     names = [variant.name for variant in options.chosen]
-    if file.exists():
-        saved = _read(file)
-        if set(names) <= set(saved["training"]):
-            return saved
+    saved = _read_if_current(file, options)
+    if saved is not None and set(names) <= set(saved["training"]):
+        return saved
     say("speeds: all variants taking turns")
     seed, scale = options.seeds[0], options.scale
     configs = {variant.name: options.training_config(variant, seed) for variant in options.chosen}
@@ -159,7 +161,7 @@ def _speeds(options: HeadsOptions, data: TrainingData, held_out: HeldOut, say: C
                 repeats=scale.speed_repeats,
             ),
         }
-    speeds = json_ready(speeds | {"seconds": seconds()})
+    speeds = json_ready(speeds | {"seconds": seconds(), "evaluation": options.evaluation_settings()})
     write_json(file, speeds)
     return speeds
 
@@ -168,6 +170,14 @@ def _speeds(options: HeadsOptions, data: TrainingData, held_out: HeldOut, say: C
 def _stopwatch() -> Iterator[Callable[[], float]]:
     began = time.perf_counter()
     yield lambda: time.perf_counter() - began
+
+
+def _read_if_current(file: Path, options: HeadsOptions) -> dict[str, Any] | None:
+    """Figures of a former process, where there are any and they were made under the same conditions."""
+    if not file.exists():
+        return None
+    saved = _read(file)
+    return saved if saved.get("evaluation") == options.evaluation_settings() else None
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -182,7 +192,7 @@ def _summary(figures: Mapping[str, Any]) -> str:
     held_out, lossless = figures["held_out"], figures["lossless"]
     nats = " ".join(f"{value:.3f}" for value in held_out["nats"])
     return (
-        f"held-out nats {nats}; {held_out['walk']['mean_acceptance_length']:.3f} loop-free tokens per forward; "
+        f"held-out nats {nats}; {held_out['first_block']['mean_acceptance_length']:.3f} loop-free tokens per forward; "
         f"{lossless['identical_rows']} of {lossless['rows']} rows identical; caches off by "
         f"{figures['caches']['relative']:.1e}"
     )
