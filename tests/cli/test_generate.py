@@ -177,16 +177,16 @@ def test_a_plain_folder_decodes_one_token_per_forward_and_says_so(headway, plain
     assert (document["mode"], document["num_future_tokens"]) == ("plain", 1)
 
 
-def test_sampling_is_reproducible_plain_and_says_so(headway, byte_folder: Path):
-    def sample(*options: str) -> tuple[dict[str, Any], str]:
-        _, out, err = headway("generate", byte_folder, "hello", "--max-new-tokens", "24", "--json", *options)
-        return last_document(out), err
+def test_sampling_is_reproducible_with_and_without_drafts(headway, byte_folder: Path):
+    def sample(*options: str) -> dict[str, Any]:
+        command = ("generate", byte_folder, "hello", "--max-new-tokens", "24", "--json", *options)
+        return last_document(headway(*command)[1])
 
-    (one, err), (same, _), (other, _) = sample("--seed", "1"), sample("--seed", "1"), sample("--seed", "2")
-    assert one["token_ids"] == same["token_ids"] != other["token_ids"]
-    assert one["mode"] == "plain"
-    assert one["note"]
-    assert one["note"] in err
+    one, same, other = sample("--seed", "1"), sample("--seed", "1"), sample("--seed", "2")
+    plain = sample("--seed", "1", "--num-draft-tokens", "0")
+    assert one["token_ids"] == same["token_ids"] == plain["token_ids"] != other["token_ids"]
+    assert (one["mode"], plain["mode"]) == ("self-speculative", "plain")
+    assert one["note"] is None
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ from torch.nn import functional as F
 
 from decoding_cases import VOCABULARY
 from headway.decoding.choosing import Emission, GreedyChooser
+from headway.decoding.history import History
 from headway.decoding.scored import ScoredChooser
+from headway.functional.acceptance import greedy_match
 
 TARGET = [5, 6, 7, 8]
 CASES = [
@@ -31,18 +33,24 @@ def _logits(rows):
     return F.one_hot(torch.tensor(rows), VOCABULARY).float()
 
 
-def _scored(room, ends, batch=1):
+def _scored(room, ends, batch=1, known=False):
     def criteria(ids, scores):
         return torch.tensor([int(row[-1]) in ends for row in ids])
 
-    return ScoredChooser(
+    history = History(
         torch.ones(batch, 3, dtype=torch.long),
         max_new_tokens=room,
         pad_token_id=0,
         logits_processor=lambda ids, scores: scores,
         stopping_criteria=criteria,
-        do_sample=False,
         gate=None,
+    )
+    return ScoredChooser(
+        history,
+        rule=greedy_match,
+        seeds=None,
+        end_token_ids=frozenset(ends) if known else frozenset(),
+        other_criteria=not known,
     )
 
 
@@ -51,7 +59,8 @@ def test_both_choosers_emit_what_stands_and_no_more(draft, room, ends, expected)
     block = torch.tensor([[1, *draft]])
     logits = _logits([TARGET[: len(draft) + 1]])
     assert GreedyChooser(frozenset(ends)).choose(logits, block, [room]) == [expected]
-    assert _scored(room, ends).choose(logits, block, [room]) == [expected]
+    for known in (False, True):
+        assert _scored(room, ends, known=known).choose(logits, block, [room]) == [expected]
 
 
 def test_a_finished_row_gets_nothing_and_rows_do_not_mix():

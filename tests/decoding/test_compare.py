@@ -33,7 +33,7 @@ def test_a_difference_is_found_and_its_gap_measured(model, monkeypatch):
     batch = ragged_batch([4, 7, 2], "lrl")
     choose = GreedyChooser.choose
 
-    def spoil(self, logits_BMV, block_BM, rooms):
+    def spoil(self, logits_BMV, block_BM, rooms, **tree):
         emissions = choose(self, logits_BMV, block_BM, rooms)
         # Row 1 of the drafted generation gets one wrong token, the fourth or a later one.
         wrong = block_BM.shape[1] > 1 and rooms[1] <= 16 - 3 and emissions[1] is not None

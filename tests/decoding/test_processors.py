@@ -7,7 +7,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from decoding_cases import Batch, script_drafts
-from headway.decoding.scored import PrefixGate
+from headway.decoding.history import PrefixGate
 from tiny_models import VOCABULARY, random_tokens, tiny_model
 
 NEW = 20

@@ -27,8 +27,6 @@ REFUSED = {
     "prompt_lookup_num_tokens": 3,
     "use_mtp": True,
     "guidance_scale": 1.5,
-    "output_scores": True,
-    "output_logits": True,
     "output_attentions": True,
     "output_hidden_states": True,
     "cache_implementation": "static",
@@ -77,8 +75,8 @@ def test_the_call_overrides_the_models_own_configuration():
 def test_the_mixins_own_generate_is_served_and_refused_alike(model):
     row = random_tokens(1, 4)
     assert torch.equal(GenerationMixin.generate(model, row, max_new_tokens=5), model.generate(row, max_new_tokens=5))
-    with pytest.raises(DecodingError, match="output_scores"):
-        GenerationMixin.generate(model, row, max_new_tokens=5, output_scores=True, return_dict_in_generate=True)
+    with pytest.raises(DecodingError, match="output_attentions"):
+        GenerationMixin.generate(model, row, max_new_tokens=5, output_attentions=True, return_dict_in_generate=True)
 
 
 def test_attention_that_takes_no_masks_is_refused(model, monkeypatch):

@@ -4,8 +4,9 @@ Legend: B rows, H key/value heads, M positions of one forward, C capacity in slo
 
 Prompts carry no padding in front: the token at position p of a row lives in slot p. Slots beyond a row's position
 hold leftovers of rejected drafts; the mask hides them and the next forward overwrites them before any query can reach
-them, so taking tokens back is only a matter of where the next forward starts. Head layers are further layers of the
-same cache, at indices L, L+1, ...
+them, so taking tokens back is only a matter of where the next forward starts. The nodes of a candidate tree lie in the
+slots from its root's on, in their order; the accepted path is then moved to where it belongs. Head layers are further
+layers of the same cache, at indices L, L+1, ...
 """
 
 from __future__ import annotations
@@ -142,6 +143,18 @@ class RaggedCache(Cache):  # type: ignore[misc]
         """What every attention layer calls: store, and return what it may look at."""
         keys, values = self.layers[layer_idx].update(key_states, value_states)
         return keys, values
+
+    def move(self, from_BA: Tensor, to_BA: Tensor) -> None:
+        """Copy slots of every row, in all layers: what an accepted path of a tree does before the next block.
+
+        Args:
+            from_BA: slots to copy.
+            to_BA: where to; slots that stay are named in both.
+        """
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys[self.rows_B1, :, to_BA] = layer.keys[self.rows_B1, :, from_BA]
+                layer.values[self.rows_B1, :, to_BA] = layer.values[self.rows_B1, :, from_BA]
 
     def _check_room(self, end: int) -> None:
         if end > self.capacity:

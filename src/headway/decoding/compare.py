@@ -18,6 +18,7 @@ from torch import Tensor
 
 from headway.decoding.engine import ENGINE, decoding_context
 from headway.decoding.loop import DecodingLoop
+from headway.decoding.refusals import resolve_option
 from headway.decoding.statistics import GenerationResult
 from headway.errors import DecodingError
 
@@ -72,9 +73,9 @@ def compare_greedy(
     Raises:
         DecodingError: sampling was asked for, or a request that the engine does not serve.
     """
-    drafted, plain = (_run(model, input_ids, num_draft_tokens=drafts, **kwargs) for drafts in (num_draft_tokens, 0))
-    if drafted.note is not None:
+    if resolve_option("do_sample", kwargs, model):
         raise DecodingError("a comparison of greedy generations cannot sample; leave do_sample out")
+    drafted, plain = (_run(model, input_ids, num_draft_tokens=drafts, **kwargs) for drafts in (num_draft_tokens, 0))
     places: list[int | None] = []
     gaps: list[float | None] = []
     for row, length in enumerate(plain.prompts.lengths):

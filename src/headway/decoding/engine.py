@@ -8,7 +8,12 @@ processors work.
 What holds:
 
 * Greedy decoding drafts with the heads (`num_draft_tokens=n-1` unless told otherwise) and emits exactly the tokens of
-  plain greedy decoding. With `do_sample=True` one token is drawn per forward, and the result says so.
+  plain greedy decoding. Drafts may be trees, copied text, or both (`headway.decoding.options`).
+* With `do_sample=True` every token follows the model's own distribution after all processors. It is a function of the
+  seed, the row and the position, and of nothing else: the same seed gives the same text plainly, with drafts of any
+  kind, and whatever else is in the batch (float32, up to rounding). Drawn drafts (`sample_drafts`) keep the
+  distribution but not the text of the seed.
+* Lossy acceptance rules are called so, in the result too (`lossless`, `note`).
 * Padding may be on either side. It is what `attention_mask` says. Without a mask transformers infers one: every
   token equal to `pad_token_id` is padding, inside a prompt too (this is logged), unless that id is not set or is also
   an end-of-sequence id; then everything counts as a token. Pass the mask where prompts are padded.
@@ -25,7 +30,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,8 +43,11 @@ from transformers.generation.logits_process import (
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from headway.decoding.choosing import Chooser, GreedyChooser
+from headway.decoding.drafting import ChainDrafter, Drafter, DrawnDrafter, LookupDrafter, TreeDrafter
 from headway.decoding.executor import EagerExecutor
+from headway.decoding.history import History, PrefixGate
 from headway.decoding.loop import DecodingLoop
+from headway.decoding.options import DecodingOptions, DraftPlan, acceptance_rule, lossy_note, plan_drafts, take_options
 from headway.decoding.prompts import (
     Prompts,
     align_prompts,
@@ -56,16 +64,16 @@ from headway.decoding.refusals import (
     check_prepared,
     check_request,
     check_streamer,
-    resolve_num_draft_tokens,
     resolve_option,
 )
-from headway.decoding.scored import PrefixGate, ScoredChooser
+from headway.decoding.scored import Recorder, RowSeeds, ScoredChooser
 from headway.errors import DecodingError
+from headway.functional.acceptance import greedy_match
+from headway.functional.tree import Tree
 from headway.model.decoding_engine import register_engine
 
 logger = logging.getLogger(__name__)
 
-_SAMPLING_NOTE = "do_sample=True: drafts are for greedy decoding, one token was drawn per forward"
 _STATEFUL_PROCESSORS = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
 
 
@@ -73,7 +81,7 @@ _STATEFUL_PROCESSORS = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifier
 class _Request:
     """What `generate` was asked beyond what transformers carries through to `_sample`."""
 
-    num_draft_tokens: int | None = None
+    options: DecodingOptions = field(default_factory=DecodingOptions)
     given_BT: Tensor | None = None
     gate: PrefixGate | None = None
     stepwise: bool = False
@@ -102,16 +110,13 @@ def decoding_context(model: Any) -> Iterator[None]:
 class Engine:
     """The decoding engine that `MultiTokenLM` delegates to."""
 
-    def generate(
-        self, model: Any, inputs: Tensor | None = None, *, num_draft_tokens: int | None = None, **kwargs: Any
-    ) -> Any:
+    def generate(self, model: Any, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """Generate as `transformers.GenerationMixin.generate` would, with several tokens per forward.
 
         Args:
             model: a `MultiTokenLM`.
             inputs: token ids [B, T], also as `input_ids=`; without any, the bos token starts the text.
-            num_draft_tokens: drafted tokens per forward, 0..n-1; None for n-1; 0 decodes one token per forward.
-            kwargs: transformers' own arguments.
+            kwargs: `headway.decoding.options.DecodingOptions`, and transformers' own arguments.
 
         Returns:
             `sequences` [B, T + new], or `GenerationResult` with `return_dict_in_generate=True`.
@@ -119,22 +124,19 @@ class Engine:
         Raises:
             DecodingError: a request that the engine does not serve; the message names the way out.
         """
-        return self._prepare(model, inputs, num_draft_tokens=num_draft_tokens, stepwise=False, **kwargs)
+        return self._prepare(model, inputs, stepwise=False, **kwargs)
 
-    def start(
-        self, model: Any, inputs: Tensor | None = None, *, num_draft_tokens: int | None = None, **kwargs: Any
-    ) -> DecodingLoop:
+    def start(self, model: Any, inputs: Tensor | None = None, **kwargs: Any) -> DecodingLoop:
         """The loop that `generate` would run, before its first step."""
         if kwargs.get("streamer") is not None:
             raise DecodingError("a loop that is stepped by hand has no streamer; read the tokens of each step instead")
-        loop: DecodingLoop = self._prepare(model, inputs, num_draft_tokens=num_draft_tokens, stepwise=True, **kwargs)
+        loop: DecodingLoop = self._prepare(model, inputs, stepwise=True, **kwargs)
         return loop
 
-    def _prepare(
-        self, model: Any, inputs: Tensor | None, *, num_draft_tokens: int | None, stepwise: bool, **kwargs: Any
-    ) -> Any:
+    def _prepare(self, model: Any, inputs: Tensor | None, *, stepwise: bool, **kwargs: Any) -> Any:
+        options = take_options(kwargs)
         check_request(kwargs, model)
-        resolve_num_draft_tokens(num_draft_tokens, num_future_tokens=model.num_future_tokens)
+        plan_drafts(options, model, do_sample=bool(resolve_option("do_sample", kwargs, model)))
         given_BT = inputs if inputs is not None else kwargs.get("input_ids")
         if given_BT is not None:
             check_ids(given_BT)
@@ -154,7 +156,7 @@ class Engine:
             gate = kwargs["prefix_allowed_tokens_fn"] = PrefixGate(kwargs["prefix_allowed_tokens_fn"])
         token = _current_request.set(
             _Request(
-                num_draft_tokens=num_draft_tokens,
+                options=options,
                 given_BT=given_BT,
                 gate=gate,
                 stepwise=stepwise,
@@ -245,45 +247,119 @@ class Engine:
             raise DecodingError("generation needs a limit; pass max_new_tokens")
         max_new_tokens = max(1, min(limits) - history_BT.shape[1])
         check_positions(model.config, prompts.lengths, max_new_tokens)
-        drafts = resolve_num_draft_tokens(request.num_draft_tokens, num_future_tokens=model.num_future_tokens)
         do_sample = bool(generation_config.do_sample)
-        note = _SAMPLING_NOTE if do_sample and drafts else None
-        drafts = 0 if do_sample else drafts
-        for processor in logits_processor:
-            if drafts and isinstance(processor, _STATEFUL_PROCESSORS):
-                raise DecodingError(
-                    f"{type(processor).__name__} keeps a state from token to token, which drafted tokens would "
-                    f"disturb; pass num_draft_tokens=0"
-                )
+        plan = plan_drafts(request.options, model, do_sample=do_sample)
+        plan, note = self._respect_state(plan, request.options, logits_processor, do_sample=do_sample)
         pad = generation_config._pad_token_tensor
         pad_token_id = 0 if pad is None else int(pad)
         plain_limits = all(type(criterion) in (MaxLengthCriteria, EosTokenCriteria) for criterion in stopping_criteria)
+        ends = frozenset(
+            token
+            for criterion in stopping_criteria
+            if isinstance(criterion, EosTokenCriteria)
+            for token in criterion.eos_token_id.tolist()
+        )
+        recorder = None
+        if generation_config.return_dict_in_generate:
+            recorder = self._recorder(generation_config, len(prompts.lengths))
+        rule = acceptance_rule(request.options, plan, do_sample=do_sample)
+        history = History(
+            history_BT,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad_token_id,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            gate=request.gate,
+        )
+        seeds = self._seeds(request.options, prompts.batch) if do_sample else None
         chooser: Chooser
-        if plain_limits and not do_sample and not logits_processor:
-            ends = [c.eos_token_id.tolist() for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
-            chooser = GreedyChooser(frozenset(token for ids in ends for token in ids))
+        if plain_limits and rule is greedy_match and not logits_processor and recorder is None:
+            chooser = GreedyChooser(ends)
         else:
             chooser = ScoredChooser(
-                history_BT,
-                max_new_tokens=max_new_tokens,
-                pad_token_id=pad_token_id,
-                logits_processor=logits_processor,
-                stopping_criteria=stopping_criteria,
-                do_sample=do_sample,
-                gate=request.gate,
+                history,
+                rule=rule,
+                seeds=seeds,
+                end_token_ids=ends,
+                other_criteria=not plain_limits,
+                recorder=recorder,
             )
+        executor = EagerExecutor(
+            model, prompts, max_new_tokens=max_new_tokens, num_draft_tokens=plan.heads, tree=plan.widest
+        )
+        lossy = lossy_note(request.options, do_sample=do_sample) if plan.depth else None
         return DecodingLoop(
-            executor=EagerExecutor(model, prompts, max_new_tokens=max_new_tokens, num_draft_tokens=drafts),
+            executor=executor,
             chooser=chooser,
             prompts=prompts,
             given_BT=self._as_given(request, history_BT),
             num_future_tokens=model.num_future_tokens,
-            num_draft_tokens=drafts,
+            drafter=self._drafter(plan, request.options, executor, prompts, history, seeds, ends),
+            num_draft_tokens=plan.depth,
+            num_heads=plan.heads,
             max_new_tokens=max_new_tokens,
             pad_token_id=pad_token_id,
             streamer=streamer,
-            note=note,
+            note=note or lossy,
+            acceptance_rule=request.options.acceptance,
+            lossless=lossy is None,
+            recorder=recorder,
         )
+
+    def _respect_state(
+        self, plan: DraftPlan, options: DecodingOptions, logits_processor: Any, *, do_sample: bool
+    ) -> tuple[DraftPlan, str | None]:
+        """Processors that keep a state allow no drafts: decode plainly where nobody asked for drafts."""
+        for processor in logits_processor:
+            if plan.depth and isinstance(processor, _STATEFUL_PROCESSORS):
+                name = type(processor).__name__
+                if do_sample and options == DecodingOptions(seed=options.seed):
+                    plain = DraftPlan(0, Tree.chain(0), 0, sampled=False)
+                    return plain, f"{name} keeps a state from token to token: one token was drawn per forward"
+                raise DecodingError(
+                    f"{name} keeps a state from token to token, which drafted tokens would disturb; pass "
+                    f"num_draft_tokens=0"
+                )
+        return plan, None
+
+    def _recorder(self, generation_config: Any, batch: int) -> Recorder | None:
+        wanted = (bool(generation_config.output_scores), bool(generation_config.output_logits))
+        return Recorder(batch, *wanted) if any(wanted) else None
+
+    def _seeds(self, options: DecodingOptions, batch: int) -> RowSeeds:
+        seed = options.seed
+        if seed is None:
+            return RowSeeds(int(torch.randint(2**62, ())))
+        if isinstance(seed, int):
+            return RowSeeds(seed)
+        if len(seed) != batch:
+            raise DecodingError(
+                f"a list of seeds has one for each of the {batch} rows (prompts x num_return_sequences): got {len(seed)}; "
+                f"pass one number for all, or {batch}"
+            )
+        return RowSeeds([int(number) for number in seed])
+
+    def _drafter(
+        self,
+        plan: DraftPlan,
+        options: DecodingOptions,
+        executor: EagerExecutor,
+        prompts: Prompts,
+        history: History,
+        seeds: RowSeeds | None,
+        end_token_ids: frozenset[int],
+    ) -> Drafter | None:
+        drafter: Drafter | None = None
+        if plan.sampled and plan.heads:
+            assert seeds is not None
+            drafter = DrawnDrafter(executor, plan.tree, history=history, seeds=seeds, end_token_ids=end_token_ids)
+        elif plan.heads:
+            chain = plan.tree.is_chain
+            drafter = ChainDrafter(executor, plan.heads) if chain else TreeDrafter(executor, plan.tree)
+        if plan.lookup:
+            texts = [row[:length] for row, length in zip(prompts.ids_BP.tolist(), prompts.lengths, strict=True)]
+            drafter = LookupDrafter(texts, count=plan.lookup, longest=options.lookup_ngram, beside=drafter)
+        return drafter
 
     def _as_given(self, request: _Request, history_BT: Tensor) -> Tensor:
         """The prompts as the caller passed them, repeated as transformers repeats them for several samples each."""

@@ -5,7 +5,7 @@ Legend: B rows, M positions of a block, D width, V vocabulary, K drafted tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +15,12 @@ from torch import Tensor
 from headway.decoding.cache import RaggedCache, attention_windows
 from headway.decoding.masks import BlockMasks
 from headway.decoding.prompts import Prompts
+from headway.functional.tree import Tree
 from headway.heads.base import DraftPoint
 from headway.model.output import OffsetHiddenStates
+
+Pick = Callable[[Tensor, int], Tensor]
+"""(logits [B, V], offset) -> the drafted token of each row [B]."""
 
 
 class EagerExecutor:
@@ -30,15 +34,19 @@ class EagerExecutor:
         cache: keys and values of base and heads.
     """
 
-    def __init__(self, model: Any, prompts: Prompts, *, max_new_tokens: int, num_draft_tokens: int) -> None:
+    def __init__(
+        self, model: Any, prompts: Prompts, *, max_new_tokens: int, num_draft_tokens: int, tree: Tree | None = None
+    ) -> None:
         """Prepare the cache for prompts + new tokens + one draft.
 
         Args:
             model: a `MultiTokenLM`.
             prompts: the batch; only `ids_BP` and `lengths` are used.
             max_new_tokens: the most tokens a row can get.
-            num_draft_tokens: K; without drafts the cache has no head layers.
+            num_draft_tokens: K of the heads; without drafts of theirs the cache has no head layers.
+            tree: the largest block; None for a chain of the heads' drafts.
         """
+        width = num_draft_tokens + 1 if tree is None else len(tree)
         self._model = model
         self._prompts = prompts
         embedding = model.get_input_embeddings().weight
@@ -50,13 +58,13 @@ class EagerExecutor:
         self.cache = RaggedCache(
             attention_windows(model.config, num_heads=model.heads.cache_layers(num_draft_tokens)),
             batch=prompts.batch,
-            capacity=max(prompts.lengths) + max_new_tokens + num_draft_tokens + self._lookback,
+            capacity=max(prompts.lengths) + max_new_tokens + width - 1 + self._lookback,
             device=self.device,
         )
         self._masks = BlockMasks(
             model.config,
             self.cache,
-            width=num_draft_tokens + 1 + self._lookback,
+            width=width + self._lookback,
             dtype=embedding.dtype,
             device=self.device,
         )
@@ -110,6 +118,57 @@ class EagerExecutor:
         positions_BM = slots_BM.clamp(max=self._last_position)
         return self._run(block_BM, self._masks.ragged(slots_BM), positions_BM, num_offsets)
 
+    def tree_block(
+        self, block_BR: Tensor, positions: Sequence[int], tree: Tree, *, num_offsets: int
+    ) -> OffsetHiddenStates:
+        """One forward of base and heads over a candidate tree; `keep` says afterwards which path stands.
+
+        Args:
+            block_BR: the last known token of each row, and a token for every other node.
+            positions: position of each row's last known token.
+            tree: shape.
+            num_offsets: heads beyond this offset are not run.
+
+        Returns:
+            Hidden states [B, R, D].
+        """
+        width, low, high = len(tree), min(positions), max(positions)
+        depths_R = torch.tensor(tree.depths, device=self.device)
+        if low == high:
+            self.cache.begin_aligned(low, width)
+            return self._run(
+                block_BR, self._masks.aligned_tree(tree), (low + depths_R).expand_as(block_BR), num_offsets
+            )
+        root_B1 = torch.tensor(positions, device=self.device)[:, None]
+        slots_BR = root_B1 + self._positions_BC.narrow(1, 0, width)
+        self.cache.begin_ragged(slots_BR, first=low, end=high + width)
+        positions_BR = (root_B1 + depths_R).clamp(max=self._last_position)
+        return self._run(block_BR, self._masks.ragged_tree(tree, root_B1), positions_BR, num_offsets)
+
+    def keep(self, paths: Sequence[Sequence[int]], positions: Sequence[int]) -> None:
+        """Move the keys and values of each row's accepted path to the slots after its root.
+
+        Args:
+            paths: per row the accepted nodes of the last tree, from below its root downwards.
+            positions: of the roots.
+        """
+        if all(tuple(path) == tuple(range(1, len(path) + 1)) for path in paths):
+            return
+        longest = max(map(len, paths))
+        # A row with a shorter path copies its root onto itself.
+        from_BA = [
+            [at + node for node in (*path, *[0] * (longest - len(path)))] for at, path in self._each(positions, paths)
+        ]
+        to_BA = [
+            [at + step if step <= len(path) else at for step in range(1, longest + 1)]
+            for at, path in self._each(positions, paths)
+        ]
+        self.cache.move(torch.tensor(from_BA, device=self.device), torch.tensor(to_BA, device=self.device))
+
+    @staticmethod
+    def _each(positions: Sequence[int], paths: Sequence[Sequence[int]]) -> list[tuple[int, Sequence[int]]]:
+        return list(zip(positions, paths, strict=True))
+
     def _block_with_lookback(
         self, block_BM: Tensor, positions: Sequence[int], *, num_offsets: int
     ) -> OffsetHiddenStates:
@@ -147,22 +206,43 @@ class EagerExecutor:
         """
         if self._model.heads.autoregressive:
             assert last_B is not None
-            return self._draft_in_turn(accepted, last_B, count=count)
+            return self._draft_in_turn(accepted, last_B, self._pick, count=count)
+        draft_KB: Tensor = self.draft_logits(states, accepted, count=count).argmax(dim=-1)
+        return draft_KB.T
+
+    def draft_logits(self, states: OffsetHiddenStates, nodes: Sequence[int], *, count: int) -> Tensor:
+        """What heads that draft at once say at one node of each row.
+
+        Args:
+            states: of the last forward.
+            nodes: per row the column of that forward.
+            count: K wanted.
+
+        Returns:
+            [K, B, V]; item i is offset i + 2.
+        """
         future = states.future_hidden[:count]
-        if len(set(accepted)) == 1:
-            hidden_KBD = torch.stack([head_BMD[:, accepted[0]] for head_BMD in future])
+        if len(set(nodes)) == 1:
+            hidden_KBD = torch.stack([head_BMD[:, nodes[0]] for head_BMD in future])
         else:
-            at_B = torch.tensor(accepted, device=self.device)
+            at_B = torch.tensor(nodes, device=self.device)
             hidden_KBD = torch.stack([head_BMD[self._rows_B, at_B] for head_BMD in future])
         if self._model.heads.unembeddings is not None:
             per_offset = enumerate(hidden_KBD, start=2)
-            logits_KBV = torch.stack([self._model.offset_logits(h_BD, offset=offset) for offset, h_BD in per_offset])
-        else:
-            logits_KBV = self._model.offset_logits(hidden_KBD, offset=2)
-        draft_KB: Tensor = logits_KBV.argmax(dim=-1)
-        return draft_KB.T
+            return torch.stack([self._model.offset_logits(h_BD, offset=offset) for offset, h_BD in per_offset])
+        logits_KBV: Tensor = self._model.offset_logits(hidden_KBD, offset=2)
+        return logits_KBV
 
-    def _draft_in_turn(self, accepted: Sequence[int], last_B: Tensor, *, count: int) -> Tensor:
+    def draft_picked(
+        self, states: OffsetHiddenStates, accepted: Sequence[int], *, last_B: Tensor, count: int, pick: Pick
+    ) -> Tensor:
+        """As `draft`, with tokens that the caller picks from each offset's logits, offset after offset."""
+        if self._model.heads.autoregressive:
+            return self._draft_in_turn(accepted, last_B, pick, count=count)
+        logits_KBV = self.draft_logits(states, accepted, count=count)
+        return torch.stack([pick(logits_BV, offset) for offset, logits_BV in enumerate(logits_KBV, start=2)], dim=1)
+
+    def _draft_in_turn(self, accepted: Sequence[int], last_B: Tensor, pick: Pick, *, count: int) -> Tensor:
         """Offset by offset, each told the token before it."""
         assert self._known is not None
         columns_B = self._known.columns_B + torch.tensor(accepted, device=self.device)
@@ -170,7 +250,7 @@ class EagerExecutor:
         drafts, previous_B = [], last_B
         for offset in range(2, count + 2):
             logits_BV = self._model.offset_logits(step(offset, previous_B), offset=offset, previous=previous_B)
-            previous_B = self._pick(logits_BV, offset)
+            previous_B = pick(logits_BV, offset)
             drafts.append(previous_B)
         return torch.stack(drafts, dim=1)
 

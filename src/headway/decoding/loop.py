@@ -1,11 +1,11 @@
 """The decoding loop: prefill, then one forward per block until every row has ended.
 
-Legend: B rows, M positions of a block, K drafted tokens, N future tokens.
+Legend: B rows, M positions of a block, K drafted tokens of the longest path, N future tokens.
 
-A block is the last known token of each row and the draft after it. One forward of base and heads over the block gives
-the model's own choice after each of its positions, hence how much of the draft stands, and, at the last position that
-stands, the heads' proposals for the next block (Gloeckle et al. 2024, section 3.2; Stern et al. 2018, section 4: the
-merged verify and predict steps). Plain decoding is the same loop with K = 0.
+A block is the last known token of each row and the draft after it, a chain or a tree of candidates. One forward of base
+and heads over the block gives the model's own choice after each of its positions, hence how much of the draft stands,
+and, at the last position that stands, the heads' proposals for the next block (Gloeckle et al. 2024, section 3.2; Stern
+et al. 2018, section 4: the merged verify and predict steps). Plain decoding is the same loop with K = 0.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from headway.decoding.choosing import Chooser, Emission
+from headway.decoding.drafting import Block, Drafter, Standing
 from headway.decoding.executor import EagerExecutor
 from headway.decoding.prompts import Prompts
+from headway.decoding.scored import Recorder
 from headway.decoding.statistics import DecodingMode, GenerationResult, RowForward, acceptance_statistics
 from headway.model.output import OffsetHiddenStates
 
@@ -35,11 +37,16 @@ class DecodingLoop:
         prompts: the batch.
         given_BT: the prompts as the caller passed them, padding kept.
         num_future_tokens: N of the model, for the statistics.
-        num_draft_tokens: K, drafted tokens per block.
+        drafter: makes blocks; None where num_draft_tokens is 0.
+        num_draft_tokens: K.
+        num_heads: heads that draft.
         max_new_tokens: the most tokens a row can get, at least 1.
         pad_token_id: what fills a row after its end.
         streamer: gets the tokens of row 0 one by one, as transformers' streamers do; None where there is none.
         note: goes into the result.
+        acceptance_rule: goes into the result.
+        lossless: goes into the result.
+        recorder: what goes into the result as scores and logits.
         rows: per row what each forward gave, the prefill first.
         interrupted: set by Ctrl-C.
     """
@@ -49,11 +56,16 @@ class DecodingLoop:
     prompts: Prompts
     given_BT: Tensor
     num_future_tokens: int
+    drafter: Drafter | None
     num_draft_tokens: int
+    num_heads: int
     max_new_tokens: int
     pad_token_id: int
     streamer: Any = None
     note: str | None = None
+    acceptance_rule: str = "exact"
+    lossless: bool = True
+    recorder: Recorder | None = None
     rows: list[list[RowForward]] = field(init=False)
     interrupted: bool = field(default=False, init=False)
 
@@ -61,7 +73,7 @@ class DecodingLoop:
         self.rows = [[] for _ in self.prompts.lengths]
         self._rooms = [self.max_new_tokens] * self.prompts.batch
         self._positions = [length - 1 for length in self.prompts.lengths]
-        self._block_BM: Tensor | None = None
+        self._block: Block | None = None
         self._streamed_forwards = 0
         self._streamed_tokens = 0
 
@@ -91,41 +103,68 @@ class DecodingLoop:
             Per row the tokens that it emitted; empty for a row that had ended before.
         """
         # A forward emits at least one token per row, so heads are needed for what can follow after that.
-        num_offsets = 1 + min(self.num_draft_tokens, max(0, max(self._rooms) - 2))
-        if self._block_BM is None:
+        num_offsets = 1 + min(self.num_heads, max(0, max(self._rooms) - 2))
+        if self._block is None:
+            block = Block(self.prompts.ids_BP[:, -1:])
             states = self.executor.prefill(num_offsets=num_offsets)
-            block_BM = self.prompts.ids_BP[:, -1:]
         else:
-            block_BM = self._block_BM
-            states = self.executor.block(block_BM, self._positions, num_offsets=num_offsets)
+            block = self._block
+            states = self._forward(block, num_offsets)
         logits_BMV = self.executor.logits(states.last_hidden_BTD)
-        emissions = self.chooser.choose(logits_BMV, block_BM, self._rooms)
-        self._commit(emissions, drafted=block_BM.shape[1] - 1)
+        emissions = self.chooser.choose(
+            logits_BMV,
+            block.tokens_BM,
+            self._rooms,
+            tree=block.tree,
+            draft_probs=block.draft_probs,
+            absent=block.absent,
+        )
+        if block.tree is not None and not block.tree.is_chain:
+            paths = [(emission.nodes or ()) if emission and not emission.finished else () for emission in emissions]
+            self.executor.keep(paths, self._positions)
+        self._commit(emissions, block)
         self._stream()
         if not self.finished:
-            self._block_BM = self._next_block(states, emissions)
+            self._block = self._next_block(states, emissions)
         return [emission.tokens if emission else [] for emission in emissions]
 
-    def _commit(self, emissions: list[Emission | None], *, drafted: int) -> None:
+    def _forward(self, block: Block, num_offsets: int) -> OffsetHiddenStates:
+        if block.tree is None or block.tree.is_chain:
+            return self.executor.block(block.tokens_BM, self._positions, num_offsets=num_offsets)
+        return self.executor.tree_block(block.tokens_BM, self._positions, block.tree, num_offsets=num_offsets)
+
+    def _commit(self, emissions: list[Emission | None], block: Block) -> None:
+        width = block.tokens_BM.shape[1] - 1
         for row, emission in enumerate(emissions):
             if emission is None:
                 continue
             count = len(emission.tokens)
+            drafted, accepted = emission.drafted, emission.accepted
+            if drafted is None:
+                # A filler is no draft, even one that is right by chance.
+                drafted = min(width - len(block.absent[row]) if block.absent else width, count)
+                accepted = min(accepted, drafted)
             # One append per row holds everything the result is made of, so that Ctrl-C cannot leave half of it behind.
-            self.rows[row].append(RowForward(emission.tokens, min(drafted, count), emission.accepted))
+            self.rows[row].append(RowForward(emission.tokens, drafted, accepted))
             self._positions[row] += count
             self._rooms[row] = 0 if emission.finished else self._rooms[row] - count
 
-    def _next_block(self, states: OffsetHiddenStates, emissions: list[Emission | None]) -> Tensor:
+    def _next_block(self, states: OffsetHiddenStates, emissions: list[Emission | None]) -> Block:
         # An ended row keeps its place in the batch; what it is fed no longer matters.
         last = [emission.tokens[-1] if emission else 0 for emission in emissions]
         last_B1 = torch.tensor(last, device=self.executor.device)[:, None]
-        count = min(self.num_draft_tokens, max(self._rooms) - 1)
-        if count == 0:
-            return last_B1
-        # Where a row goes on, all its tokens but the last are accepted drafts.
-        places = [len(emission.tokens) - 1 if emission else 0 for emission in emissions]
-        return torch.cat((last_B1, self.executor.draft(states, places, last_B=last_B1[:, 0], count=count)), dim=1)
+        depth = min(self.num_draft_tokens, max(self._rooms) - 1)
+        if depth == 0 or self.drafter is None:
+            return Block(last_B1)
+        standing = Standing(
+            states=states,
+            nodes=[emission.last_node if emission and not emission.finished else 0 for emission in emissions],
+            last=last,
+            emitted=[emission.tokens if emission else [] for emission in emissions],
+            made=[self.max_new_tokens - room for room in self._rooms],
+            live=[row for row, room in enumerate(self._rooms) if room],
+        )
+        return self.drafter.block(standing, last_B1, depth=depth)
 
     def _stream(self) -> None:
         if self.streamer is None:
@@ -148,14 +187,20 @@ class DecodingLoop:
         longest = max(len(tokens) for tokens in new)
         padded = [tokens + [self.pad_token_id] * (longest - len(tokens)) for tokens in new]
         new_BT = torch.tensor(padded, dtype=torch.long, device=given_BT.device).reshape(len(new), longest)
+        lengths = [len(tokens) for tokens in new]
+        record = self.recorder
         return GenerationResult(
             sequences=torch.cat((given_BT, new_BT), dim=1),
             acceptance=acceptance_statistics(
                 [row[1:] for row in self.rows],
-                num_future_tokens=self.num_future_tokens,
+                num_future_tokens=max(self.num_future_tokens, self.num_draft_tokens + 1),
                 interrupted=self.interrupted,
             ),
             mode=self.mode,
             note=self.note,
-            num_new_tokens=torch.tensor([len(tokens) for tokens in new], dtype=torch.long),
+            acceptance_rule=self.acceptance_rule,
+            lossless=self.lossless,
+            num_new_tokens=torch.tensor(lengths, dtype=torch.long),
+            scores=record.steps(record.scores, lengths) if record and record.with_scores else None,
+            logits=record.steps(record.logits, lengths) if record and record.with_logits else None,
         )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from headway.decoding.cache import RaggedCache
+from headway.functional.tree import Tree
 from headway.model.documents import masks_by_layer_type
 
 
@@ -44,6 +45,36 @@ def additive_mask(positions_BM: Tensor, slots_S: Tensor, *, window: int | None, 
     return mask_BMS.masked_fill_(hidden_BMS, torch.finfo(dtype).min)[:, None]
 
 
+def tree_band(tree: Tree, distance: int, *, window: int | None, dtype: torch.dtype) -> Tensor:
+    """What each node of a tree sees, additive, by the distance of a slot from the root's slot.
+
+    A node sees the text before the root, its ancestors and itself, at most `window` positions in all, where a node's
+    position is the root's plus its depth.
+
+    >>> tree_band(Tree.from_choices([(0,), (1,), (1, 0)]), 2, window=2, dtype=torch.float32)[0, 0] == 0
+    tensor([[False,  True,  True, False, False, False, False],
+            [False, False,  True,  True, False, False, False],
+            [False, False,  True, False,  True, False, False],
+            [False, False, False, False,  True,  True, False]])
+
+    Args:
+        tree: R nodes.
+        distance: how far before the root to look.
+        window: positions that a node sees, itself included; None for all.
+        dtype: of the mask.
+
+    Returns:
+        [1, 1, R, distance + R + 1]: distances -distance .. R - 1, and one more column that nobody sees.
+    """
+    depths_R = torch.tensor(tree.depths)
+    before = torch.arange(-distance, 0)
+    seen = torch.cat((torch.ones(len(tree), distance, dtype=torch.bool), tree.ancestors()), dim=1)
+    if window is not None:
+        seen &= torch.cat((before, depths_R)) > depths_R[:, None] - window
+    seen = torch.cat((seen, torch.zeros(len(tree), 1, dtype=torch.bool)), dim=1)
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)[None, None]
+
+
 class BlockMasks:
     """Masks of decoding forwards: a slice of one prepared band where all rows stand at the same position.
 
@@ -66,6 +97,7 @@ class BlockMasks:
         self._config = config
         self._cache = cache
         self._dtype = dtype
+        self._tree_bands: dict[tuple[int, ...], dict[int | None, Tensor]] = {}
         self._slots_C = torch.arange(cache.capacity, device=device)
         queries_1M = torch.arange(width, device=device)[None] + cache.capacity
         band_slots = torch.arange(cache.capacity + width, device=device)
@@ -101,3 +133,35 @@ class BlockMasks:
             return additive_mask(positions_BM, slots_S, window=window, dtype=self._dtype)
 
         return masks_by_layer_type(self._config, build)
+
+    def aligned_tree(self, tree: Tree) -> Tensor | dict[str, Tensor]:
+        """Masks [1, 1, R, S] for a tree of which every row starts at the cache's position."""
+        cache, bands = self._cache, self._bands_of(tree)
+
+        def build(window: int | None) -> Tensor:
+            view = cache.views[window]
+            return bands[window].narrow(3, view.start - cache.position + cache.capacity, view.length)
+
+        return masks_by_layer_type(self._config, build)
+
+    def ragged_tree(self, tree: Tree, roots_B1: Tensor) -> Tensor | dict[str, Tensor]:
+        """Masks [B, 1, R, S] for a tree whose roots stand at different positions."""
+        bands = self._bands_of(tree)
+
+        def build(window: int | None) -> Tensor:
+            view, band = self._cache.views[window], bands[window]
+            distance_BS = self._slots_C.narrow(0, view.start, view.length) - roots_B1 + self._cache.capacity
+            mask_RBS = band[0, 0][:, distance_BS.clamp(max=band.shape[3] - 1)]
+            return mask_RBS.transpose(0, 1)[:, None].contiguous()
+
+        return masks_by_layer_type(self._config, build)
+
+    def _bands_of(self, tree: Tree) -> dict[int | None, Tensor]:
+        bands = self._tree_bands.get(tree.parents)
+        if bands is None:
+            capacity, device = self._cache.capacity, self._slots_C.device
+            bands = self._tree_bands[tree.parents] = {
+                window: tree_band(tree, capacity, window=window, dtype=self._dtype).to(device)
+                for window in self._cache.views
+            }
+        return bands

@@ -35,8 +35,6 @@ _OPTIONS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "assistant_early_exit": ("assisted decoding by early exit", _set),
     "use_mtp": ("transformers' own multi-token prediction", _set),
     "guidance_scale": ("classifier-free guidance", lambda value: value is not None and value != 1),
-    "output_scores": ("scores of every step", _set),
-    "output_logits": ("logits of every step", _set),
     "output_attentions": ("attention weights", _set),
     "output_hidden_states": ("hidden states", _set),
     "cache_implementation": ("another kind of cache", lambda value: value not in (None, "hybrid", "dynamic")),

@@ -1,124 +1,217 @@
-"""Turning the logits of a block into tokens under logits processors, stopping criteria and sampling.
+"""Turning the logits of a block into tokens under processors, stopping criteria, sampling and any acceptance rule.
 
-Legend: B rows, M positions of a block, V vocabulary, L columns of the history (prompt as given + room for new tokens).
+Legend: B rows, M positions of a block, V vocabulary.
 
-transformers' processors and criteria are written for a loop that adds one token to every row at a time: they want a
-rectangle of ids. Rows that accept different numbers of drafts do not form one, so a block is swept by length: all rows
-that have the same number of new tokens are served by one call, which sees their true prefix. Other rows are in the
-rectangle too, so that row indices keep their meaning, and what the call says about them is ignored.
+Every row has a rule at work (`headway.functional.acceptance.Walk`), which asks for the model's prediction at one node after
+another. Rows that want a prediction after the same number of tokens are served by one call of the processors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from headway.decoding.choosing import Emission
+from headway.decoding.history import History
+from headway.functional.acceptance import ROOT, Draft, Rule, Verdict, Walk
+from headway.functional.sampling import KeyedDraws
+from headway.functional.tree import Tree
 
 
-class PrefixGate:
-    """A `prefix_allowed_tokens_fn` that is asked about live rows only.
+@dataclass(frozen=True)
+class RowSeeds:
+    """Where the draws of each row come from.
 
-    In a ragged batch the rectangle holds rows that are shorter than the call's length; a constraint automaton need not
-    know what to say about those.
+    Attributes:
+        seed: one number, of which every row has its own stream; or one number per row, of which it has the first stream.
     """
 
-    def __init__(self, allowed: Callable[[int, Tensor], list[int]]) -> None:
-        self._allowed = allowed
-        self.live: frozenset[int] | None = None
+    seed: int | Sequence[int]
 
-    def __call__(self, batch_id: int, ids_T: Tensor) -> list[int]:
-        """The tokens allowed next in a live row; any token in another."""
-        if self.live is not None and batch_id not in self.live:
-            return [0]
-        return self._allowed(batch_id, ids_T)
+    def draws(self, row: int, made: int) -> KeyedDraws:
+        """Draws of a row's block that begins after `made` new tokens."""
+        if isinstance(self.seed, int):
+            return KeyedDraws(self.seed, row, made)
+        return KeyedDraws(self.seed[row], 0, made)
+
+
+@dataclass
+class Recorder:
+    """Keeps what the model predicted for every emitted token, for `output_scores` and `output_logits`.
+
+    Attributes:
+        batch: B.
+        with_scores: whether the result has scores.
+        with_logits: whether it has logits.
+        scores: per row the processed scores [V] of each new token.
+        logits: per row the model's own.
+    """
+
+    batch: int
+    with_scores: bool
+    with_logits: bool
+    scores: list[list[Tensor]] = field(init=False)
+    logits: list[list[Tensor]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.scores = [[] for _ in range(self.batch)]
+        self.logits = [[] for _ in range(self.batch)]
+
+    def steps(self, rows: list[list[Tensor]], lengths: Sequence[int]) -> tuple[Tensor, ...]:
+        """Per new token the predictions of all rows [B, V], float32; NaN for a row that had ended before."""
+        if not any(lengths):
+            return ()
+        nothing_V = torch.full_like(next(row[0] for row in rows if row), torch.nan, dtype=torch.float32)
+        return tuple(
+            torch.stack(
+                [row[at].float() if at < length else nothing_V for row, length in zip(rows, lengths, strict=True)]
+            )
+            for at in range(max(lengths))
+        )
 
 
 class ScoredChooser:
-    """Processors and criteria in order at every position of a block, on the prefix that is valid there.
-
-    Equal to transformers' own loop: the processors see the ids up to the position, padding at the front, and float32
-    scores; the criteria see the ids with the new token. Processors must depend on nothing but their arguments, since a
-    block's positions are served once per length and not in one call per token of the whole batch; without drafts they
-    are called exactly as transformers calls them.
-    """
+    """One acceptance rule for all rows, on predictions that are processed position by position."""
 
     def __init__(
         self,
-        history_BT: Tensor,
+        history: History,
         *,
-        max_new_tokens: int,
-        pad_token_id: int,
-        logits_processor: Callable[[Tensor, Tensor], Tensor],
-        stopping_criteria: Callable[[Tensor, Any], Tensor],
-        do_sample: bool,
-        gate: PrefixGate | None,
+        rule: Rule,
+        seeds: RowSeeds | None,
+        end_token_ids: frozenset[int],
+        other_criteria: bool,
+        recorder: Recorder | None = None,
     ) -> None:
-        """Hold the growing rectangle of ids.
+        """Prepare the rows.
 
         Args:
-            history_BT: prompts as transformers sees them, padding at the front.
-            max_new_tokens: the most tokens a row can get.
-            pad_token_id: what fills a row after its end.
-            logits_processor: transformers' list.
-            stopping_criteria: transformers' list.
-            do_sample: draw from the processed distribution instead of taking its arg max; blocks must have M = 1.
-            gate: the wrapped `prefix_allowed_tokens_fn`, where there is one.
+            history: ids, processors and criteria.
+            rule: which drafts stand.
+            seeds: of the draws; None for temperature 0.
+            end_token_ids: tokens that end a text.
+            other_criteria: whether criteria other than these and the length limit have to be asked after every token.
+            recorder: is told the predictions of every new token.
         """
-        batch, self._columns = history_BT.shape
-        self._ids_BL = history_BT.new_full((batch, self._columns + max_new_tokens), pad_token_id)
-        self._ids_BL[:, : self._columns] = history_BT
-        self._max_new_tokens = max_new_tokens
-        self._processor = logits_processor
-        self._criteria = stopping_criteria
-        self._do_sample = do_sample
-        self._gate = gate
-        self._rows_B = torch.arange(batch, device=history_BT.device)
+        self._history = history
+        self._rule = rule
+        self._seeds = seeds
+        self._ends = end_token_ids
+        self._other_criteria = other_criteria
+        self._recorder = recorder
 
-    def choose(self, logits_BMV: Tensor, block_BM: Tensor, rooms: Sequence[int]) -> list[Emission | None]:
+    def choose(
+        self,
+        logits_BMV: Tensor,
+        block_BM: Tensor,
+        rooms: Sequence[int],
+        *,
+        tree: Tree | None = None,
+        draft_probs: Sequence[Mapping[int, Tensor]] | None = None,
+        absent: Sequence[frozenset[int]] | None = None,
+    ) -> list[Emission | None]:
         """See `Chooser.choose`."""
-        drafts: list[list[int]] = block_BM[:, 1:].tolist()
-        tokens: list[list[int]] = [[] for _ in rooms]
-        finished = [room == 0 for room in rooms]
-        accepted = [0] * len(rooms)
-        live = {row for row, room in enumerate(rooms) if room}
-        while live:
-            made = {row: self._max_new_tokens - rooms[row] + len(tokens[row]) for row in live}
-            shortest = min(made.values())
-            group = [row for row in live if made[row] == shortest]
-            at = [min(len(row), block_BM.shape[1] - 1) for row in tokens]
-            chosen, stops = self._decide(logits_BMV, at, group, shortest)
-            for row in group:
-                place = len(tokens[row])
-                tokens[row].append(chosen[row])
-                agrees = place < len(drafts[row]) and drafts[row][place] == chosen[row]
-                accepted[row] += agrees
-                finished[row] = stops[row] or len(tokens[row]) == rooms[row]
-                if finished[row] or not agrees:
-                    live.remove(row)
-        return [
-            Emission(row, right, done) if row else None
-            for row, right, done in zip(tokens, accepted, finished, strict=True)
-        ]
+        tree = Tree.chain(block_BM.shape[1] - 1) if tree is None else tree
+        drafts: dict[int, Draft] = {}
+        tokens_BM: list[list[int]] = block_BM.tolist()
+        for row, room in enumerate(rooms):
+            if not room:
+                continue
+            tokens = tokens_BM[row]
+            if absent is not None and absent[row]:
+                tokens = [-1 if node in absent[row] else token for node, token in enumerate(tokens)]
+            probs = None if draft_probs is None else draft_probs[row]
+            # Where drafts were drawn, how many count may depend on this row alone and not on whether others draft more.
+            drafts[row] = Draft(tree, tokens, room if probs is None else room - 1, room, self._ends, probs)
+        made = [self._history.max_new_tokens - room for room in rooms]
+        verdicts = self._verdicts(logits_BMV, drafts, made)
+        return self._emissions(drafts, verdicts, made, rooms)
 
-    def _decide(self, logits_BMV: Tensor, at: list[int], group: list[int], made: int) -> tuple[list[int], list[bool]]:
-        """The next token of every row of `group`, which all have `made` new tokens, and whether it ends the row."""
-        end = self._columns + made
-        device = self._ids_BL.device
-        at_B = torch.tensor(at, device=logits_BMV.device)
-        # Processors may write into the scores; indexing copies.
-        scores_BV = logits_BMV[self._rows_B.to(logits_BMV.device), at_B].to(device=device, dtype=torch.float32)
-        if self._gate is not None:
-            self._gate.live = frozenset(group)
-        scores_BV = self._processor(self._ids_BL[:, :end], scores_BV)
-        if self._do_sample:
-            next_B = torch.multinomial(scores_BV.softmax(dim=-1), num_samples=1).squeeze(1)
-        else:
-            next_B = scores_BV.argmax(dim=-1)
-        group_G = torch.tensor(group, device=device)
-        self._ids_BL[group_G, end] = next_B[group_G]
-        stop_B = self._criteria(self._ids_BL[:, : end + 1], None)
-        return next_B.tolist(), stop_B.tolist()
+    def _verdicts(self, logits_BMV: Tensor, drafts: dict[int, Draft], made: list[int]) -> dict[int, Verdict]:
+        walks: dict[int, Walk] = {}
+        wanted: dict[int, int] = {}
+        verdicts: dict[int, Verdict] = {}
+        seen: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        for row, draft in drafts.items():
+            # Without draws the rule is one that never asks for any.
+            draws = (self._seeds or RowSeeds(0)).draws(row, made[row])
+            walks[row] = self._rule(draft, draws)
+            wanted[row] = next(walks[row])
+        rows_B = torch.arange(logits_BMV.shape[0], device=logits_BMV.device)
+        while wanted:
+            ahead = {row: made[row] + drafts[row].tree.depths[node] for row, node in wanted.items()}
+            shortest = min(ahead.values())
+            group = [row for row in wanted if ahead[row] == shortest]
+            for row in group:
+                path = drafts[row].tree.path(wanted[row])
+                self._history.put(row, made[row], [drafts[row].tokens[node] for node in path])
+            at_B = torch.tensor([wanted.get(row, ROOT) for row in range(len(rows_B))], device=rows_B.device)
+            # Processors may write into the scores; indexing copies.
+            logits_BV = logits_BMV[rows_B, at_B]
+            scores_BV = self._history.scores(logits_BV.clone() if self._recorder else logits_BV, shortest, group)
+            group_G = torch.tensor(group, device=scores_BV.device)
+            targets_GV = scores_BV[group_G]
+            if self._seeds is not None:
+                targets_GV = targets_GV.double().softmax(dim=-1)
+            for row, target_V in zip(group, targets_GV, strict=True):
+                if self._recorder is not None:
+                    seen[row, wanted[row]] = (scores_BV[row], logits_BV[row])
+                try:
+                    wanted[row] = walks[row].send(target_V)
+                except StopIteration as stop:
+                    verdicts[row] = stop.value
+                    del wanted[row]
+        if self._recorder is not None:
+            for row, verdict in verdicts.items():
+                after = (ROOT, *verdict.nodes)[: len(verdict.nodes) + (verdict.token is not None)]
+                self._recorder.scores[row] += [seen[row, node][0] for node in after]
+                self._recorder.logits[row] += [seen[row, node][1] for node in after]
+        return verdicts
+
+    def _emissions(
+        self, drafts: dict[int, Draft], verdicts: dict[int, Verdict], made: list[int], rooms: Sequence[int]
+    ) -> list[Emission | None]:
+        texts: dict[int, list[int]] = {}
+        for row, verdict in verdicts.items():
+            accepted = [drafts[row].tokens[node] for node in verdict.nodes]
+            texts[row] = accepted if verdict.token is None else [*accepted, verdict.token]
+            self._history.put(row, made[row], texts[row])
+        ended = self._ended(texts, made)
+        emissions: list[Emission | None] = []
+        for row, room in enumerate(rooms):
+            if row not in texts:
+                emissions.append(None)
+                continue
+            nodes, tokens = verdicts[row].nodes, texts[row]
+            # The draft that would have followed the last accepted one was compared with the model's own token.
+            more = verdicts[row].token is not None and bool(drafts[row].children(nodes[-1] if nodes else ROOT))
+            count = ended.get(row, len(tokens))
+            emissions.append(
+                Emission(
+                    tokens[:count],
+                    min(len(nodes), count),
+                    row in ended or count == room,
+                    nodes=nodes,
+                    drafted=min(len(nodes) + more, count),
+                )
+            )
+        return emissions
+
+    def _ended(self, texts: dict[int, list[int]], made: list[int]) -> dict[int, int]:
+        """Rows that end within their new tokens -> how many of those stand."""
+        ended: dict[int, int] = {}
+        if not self._other_criteria:
+            for row, tokens in texts.items():
+                if not self._ends.isdisjoint(tokens):
+                    ended[row] = next(place for place, token in enumerate(tokens, start=1) if token in self._ends)
+            return ended
+        lengths = sorted({made[row] + place for row, tokens in texts.items() for place in range(1, len(tokens) + 1)})
+        for length in lengths:
+            group = [row for row in texts if row not in ended and made[row] < length <= made[row] + len(texts[row])]
+            if group:
+                stops = self._history.ended(length)
+                ended |= {row: length - made[row] for row in group if stops[row]}
+        return ended

@@ -1,0 +1,218 @@
+"""What the next block holds: the heads' most likely tokens, drawn ones, candidate trees, copied text.
+
+Legend: B rows, M positions of a block, R nodes of a tree, K drafted tokens of the longest path, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from headway.decoding.executor import EagerExecutor
+from headway.decoding.history import History
+from headway.decoding.lookup import TextIndex
+from headway.decoding.scored import RowSeeds
+from headway.functional.sampling import without_token
+from headway.functional.tree import Tree
+from headway.model.output import OffsetHiddenStates
+
+
+@dataclass(frozen=True)
+class Block:
+    """What the next forward reads.
+
+    Attributes:
+        tokens_BM: the last known token of each row, and its draft.
+        tree: of the positions; None for a chain.
+        draft_probs: per row, where drafts were drawn: node -> the distribution that its children were drawn from.
+        absent: per row the nodes that hold a filler; None where there is none.
+    """
+
+    tokens_BM: Tensor
+    tree: Tree | None = None
+    draft_probs: Sequence[Mapping[int, Tensor]] | None = None
+    absent: Sequence[frozenset[int]] | None = None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a batch stands after a forward.
+
+    Attributes:
+        states: of the forward.
+        nodes: per row the last accepted column of it.
+        last: per row the token that the model has chosen after it.
+        emitted: per row the tokens that the forward gave; empty for rows that had ended.
+        made: per row all new tokens so far.
+        live: rows that go on.
+    """
+
+    states: OffsetHiddenStates
+    nodes: Sequence[int]
+    last: Sequence[int]
+    emitted: Sequence[Sequence[int]]
+    made: Sequence[int]
+    live: Sequence[int]
+
+
+class Drafter(Protocol):
+    """Makes the next block."""
+
+    def block(self, standing: Standing, last_B1: Tensor, *, depth: int) -> Block:
+        """The next block, of drafts at most `depth` deep; `last_B1` is `standing.last` on the device."""
+
+
+class ChainDrafter:
+    """The most likely token of each of the first `count` heads."""
+
+    def __init__(self, executor: EagerExecutor, count: int) -> None:
+        self._executor = executor
+        self._count = count
+
+    def block(self, standing: Standing, last_B1: Tensor, *, depth: int) -> Block:
+        """See `Drafter.block`."""
+        count = min(self._count, depth)
+        draft_BK = self._executor.draft(standing.states, standing.nodes, last_B=last_B1[:, 0], count=count)
+        return Block(torch.cat((last_B1, draft_BK), dim=1))
+
+
+class TreeDrafter:
+    """Each head's most likely tokens, as a tree: all nodes of a depth choose among the same candidates."""
+
+    def __init__(self, executor: EagerExecutor, tree: Tree) -> None:
+        self._executor = executor
+        self._tree = tree
+
+    def block(self, standing: Standing, last_B1: Tensor, *, depth: int) -> Block:
+        """See `Drafter.block`."""
+        tree = self._tree.truncated(depth)
+        logits_KBV = self._executor.draft_logits(standing.states, standing.nodes, count=tree.depth)
+        best_KBC = logits_KBV.topk(max(tree.ranks) + 1, dim=-1).indices
+        offsets = torch.tensor(tree.depths[1:], device=best_KBC.device) - 1
+        ranks = torch.tensor(tree.ranks[1:], device=best_KBC.device)
+        candidates_BR = best_KBC.transpose(0, 1)[:, offsets, ranks]
+        return Block(torch.cat((last_B1, candidates_BR), dim=1), tree)
+
+
+class LookupDrafter:
+    """Text copied from the row itself, alone or as one more branch beside another drafter's tree."""
+
+    def __init__(self, texts: Sequence[Sequence[int]], *, count: int, longest: int, beside: Drafter | None) -> None:
+        """Index the prompts.
+
+        Args:
+            texts: per row its prompt.
+            count: tokens to copy.
+            longest: most tokens of a match.
+            beside: makes the other branches, where there are any.
+        """
+        self._indices = [TextIndex(text, longest=longest) for text in texts]
+        self._count = count
+        self._beside = beside
+
+    def block(self, standing: Standing, last_B1: Tensor, *, depth: int) -> Block:
+        """See `Drafter.block`."""
+        for index, tokens in zip(self._indices, standing.emitted, strict=True):
+            index.extend(tokens)
+        copied = [
+            index.continuation(min(self._count, depth)) if row in standing.live else []
+            for row, index in enumerate(self._indices)
+        ]
+        length = max(map(len, copied))
+        other = Block(last_B1) if self._beside is None else self._beside.block(standing, last_B1, depth=depth)
+        if not length:
+            return other
+        # Fillers repeat the row's last token: any token that exists will do.
+        padded = [tokens + [last] * (length - len(tokens)) for tokens, last in zip(copied, standing.last, strict=True)]
+        copied_BK = torch.tensor(padded, device=last_B1.device)
+        if self._beside is None:
+            absent = [frozenset(range(len(tokens) + 1, length + 1)) for tokens in copied]
+            return Block(torch.cat((last_B1, copied_BK), dim=1), absent=absent)
+        own = other.tree or Tree.chain(other.tokens_BM.shape[1] - 1)
+        tree, branch = _with_branch(own, length)
+        tokens_BR = torch.empty(len(copied), len(tree), dtype=torch.long, device=last_B1.device)
+        others = [node for node in range(len(tree)) if node not in set(branch)]
+        tokens_BR[:, others], tokens_BR[:, branch] = other.tokens_BM, copied_BK
+        absent = [frozenset(branch[len(tokens) :]) for tokens in copied]
+        return Block(tokens_BR, tree, absent=absent)
+
+
+def _with_branch(tree: Tree, length: int) -> tuple[Tree, list[int]]:
+    wider = tree.with_branch(length)
+    # The branch is the last node of each of its depths.
+    branch = [max(node for node, own in enumerate(wider.depths) if own == depth) for depth in range(1, length + 1)]
+    return wider, branch
+
+
+class DrawnDrafter:
+    """Drafts drawn from the heads' distributions after the same processors as the model's own.
+
+    Siblings are drawn without replacement, so that the rule can account for them; a distribution with fewer tokens than
+    a node has children leaves the others absent. What is drawn at a depth depends on the text, the depth and the numbers
+    of that place, not on how deep the draft will go.
+    """
+
+    def __init__(
+        self, executor: EagerExecutor, tree: Tree, *, history: History, seeds: RowSeeds, end_token_ids: frozenset[int]
+    ) -> None:
+        self._executor = executor
+        self._tree = tree
+        self._history = history
+        self._seeds = seeds
+        self._ends = end_token_ids
+
+    def block(self, standing: Standing, last_B1: Tensor, *, depth: int) -> Block:
+        """See `Drafter.block`."""
+        tree, batch = self._tree.truncated(depth), len(standing.last)
+        tokens = [[last] + [-1] * (len(tree) - 1) for last in standing.last]
+        probs: list[dict[int, Tensor]] = [{} for _ in range(batch)]
+        if tree.is_chain:
+
+            def pick(logits_BV: Tensor, offset: int) -> Tensor:
+                self._expand(tree, offset - 2, logits_BV, standing, tokens, probs)
+                return torch.tensor([max(row[offset - 1], 0) for row in tokens], device=logits_BV.device)
+
+            self._executor.draft_picked(
+                standing.states, standing.nodes, last_B=last_B1[:, 0], count=tree.depth, pick=pick
+            )
+        else:
+            logits_KBV = self._executor.draft_logits(standing.states, standing.nodes, count=tree.depth)
+            for node, own_depth in enumerate(tree.depths):
+                if tree.children[node]:
+                    self._expand(tree, node, logits_KBV[own_depth], standing, tokens, probs)
+        absent = [frozenset(node for node, token in enumerate(row) if token < 0) for row in tokens]
+        feed = [[max(token, 0) for token in row] for row in tokens]
+        return Block(torch.tensor(feed, device=last_B1.device), tree, probs, absent)
+
+    def _expand(
+        self,
+        tree: Tree,
+        node: int,
+        logits_BV: Tensor,
+        standing: Standing,
+        tokens: list[list[int]],
+        probs: list[dict[int, Tensor]],
+    ) -> None:
+        """Draw the children of one node in every row."""
+        path = tree.path(node)
+        rows = [row for row in standing.live if node == 0 or tokens[row][node] not in {-1, *self._ends}]
+        ahead = {row: standing.made[row] + len(path) for row in rows}
+        # After an end token, and beyond a row's last possible one, nothing is verified.
+        rows = [row for row in rows if ahead[row] < self._history.max_new_tokens]
+        for length in sorted({ahead[row] for row in rows}):
+            group = [row for row in rows if ahead[row] == length]
+            for row in group:
+                self._history.put(row, standing.made[row], [tokens[row][above] for above in path])
+            scores_BV = self._history.scores(logits_BV.clone(), length, group)
+            for row in group:
+                left_V = probs[row][node] = scores_BV[row].double().softmax(dim=-1)
+                draws = self._seeds.draws(row, standing.made[row])
+                for child in tree.children[node]:
+                    if not bool(left_V.sum() > 0):
+                        break
+                    tokens[row][child] = draws.draft(left_V, child)
+                    left_V = without_token(left_V, tokens[row][child])

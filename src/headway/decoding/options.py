@@ -1,0 +1,220 @@
+"""What a caller can ask of self-speculative decoding beyond transformers' own options, and what follows from it.
+
+Legend: K drafted tokens of the longest path, N future tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from headway.decoding.refusals import resolve_num_draft_tokens
+from headway.errors import DecodingError
+from headway.functional.acceptance import (
+    DistanceAcceptance,
+    Rule,
+    TopKAcceptance,
+    TypicalAcceptance,
+    block_verification,
+    greedy_match,
+    sample_and_match,
+    speculative_sampling,
+)
+from headway.functional.tree import Tree, default_tree
+
+AcceptanceName = Literal["exact", "tokenwise", "typical", "top_k", "distance"]
+DraftsName = Literal["heads", "lookup", "heads+lookup"]
+
+LOSSY: tuple[AcceptanceName, ...] = ("typical", "top_k", "distance")
+"""Acceptance rules under which the text is not the model's own."""
+
+
+@dataclass(frozen=True)
+class DecodingOptions:
+    """Arguments of `generate` that transformers does not know.
+
+    Attributes:
+        num_draft_tokens: tokens that the heads draft per forward, 0..n-1; None for n - 1; 0 decodes plainly.
+        drafts: where drafts come from: the model's "heads", "lookup" (copied from the text so far, after its last
+            tokens' previous occurrence; needs no heads), or both in one tree, "heads+lookup".
+        tree: candidates that one forward verifies: None for a chain, a number of drafted tokens for the default tree of
+            that size, or the tree itself as paths of ranks (Medusa's `tree_choices`).
+        sample_drafts: with `do_sample`, draw the drafts from the heads' distributions instead of taking their most
+            likely tokens. Exact either way; drawn drafts are accepted more often where heads are good and temperature
+            is high, and the tokens that a seed gives then depend on the draft.
+        acceptance: which drafts stand. "exact" leaves the model's output (greedy) or its distribution (sampling)
+            unchanged; "tokenwise" does too, with drawn chains decided token by token instead of as a block. LOSSY, the
+            text may differ from the model's own: "typical" (Medusa), "top_k" and "distance" (Stern et al.).
+        posterior_threshold: epsilon of "typical".
+        posterior_alpha: delta of "typical".
+        acceptance_top_k: k of "top_k".
+        acceptance_distance: largest distance of token ids of "distance".
+        num_lookup_tokens: tokens that a lookup copies.
+        lookup_ngram: most tokens that have to match for a lookup; shorter matches are taken where there is no longer one.
+        seed: of sampling. A number, of which every row has its own stream; or one number per row, whose row gets what
+            it would get alone. None draws a number from torch's global generator.
+    """
+
+    num_draft_tokens: int | None = None
+    drafts: DraftsName = "heads"
+    tree: int | Sequence[Sequence[int]] | None = None
+    sample_drafts: bool = False
+    acceptance: AcceptanceName = "exact"
+    posterior_threshold: float = 0.09
+    posterior_alpha: float = 0.3
+    acceptance_top_k: int = 2
+    acceptance_distance: int = 1
+    num_lookup_tokens: int = 8
+    lookup_ngram: int = 3
+    seed: int | Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("drafts", self.drafts, get_args(DraftsName))
+        _check_choice("acceptance", self.acceptance, get_args(AcceptanceName))
+        for name in ("acceptance_top_k", "num_lookup_tokens", "lookup_ngram"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise DecodingError(f"{name} must be a whole number of at least 1: got {getattr(self, name)!r}")
+        for name in ("posterior_threshold", "posterior_alpha", "acceptance_distance"):
+            if not isinstance(getattr(self, name), int | float) or getattr(self, name) < 0:
+                raise DecodingError(f"{name} must be a number of at least 0: got {getattr(self, name)!r}")
+        if self.tree is not None and self.drafts == "lookup":
+            raise DecodingError(
+                "a tree is made of the heads' candidates: pass drafts='heads' or 'heads+lookup' with it"
+            )
+        if self.acceptance == "tokenwise" and not self.sample_drafts:
+            raise DecodingError("acceptance='tokenwise' decides about drawn drafts; pass sample_drafts=True with it")
+        if self.sample_drafts and (self.drafts != "heads" or self.acceptance in LOSSY):
+            raise DecodingError(
+                f"sample_drafts=True is for drafts='heads' and an exact acceptance: got drafts={self.drafts!r} and "
+                f"acceptance={self.acceptance!r}; leave sample_drafts out"
+            )
+
+    @property
+    def lossy(self) -> bool:
+        """Whether the acceptance rule may change the text."""
+        return self.acceptance in LOSSY
+
+
+OPTION_NAMES = tuple(field.name for field in fields(DecodingOptions))
+
+
+def take_options(arguments: dict[str, Any]) -> DecodingOptions:
+    """Take headway's own options out of the arguments of `generate`.
+
+    Raises:
+        DecodingError: values that do not exist or do not go together.
+    """
+    return DecodingOptions(**{name: arguments.pop(name) for name in OPTION_NAMES if name in arguments})
+
+
+def _check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise DecodingError(f"{name} must be one of {', '.join(known)}: got {value!r}")
+
+
+@dataclass(frozen=True)
+class DraftPlan:
+    """What every block of a generation holds at most.
+
+    Attributes:
+        heads: heads that draft.
+        tree: of the heads' candidates, without a copied branch.
+        lookup: tokens of the copied branch, 0 where nothing is copied.
+        sampled: whether drafts are drawn.
+    """
+
+    heads: int
+    tree: Tree
+    lookup: int
+    sampled: bool
+
+    @property
+    def widest(self) -> Tree:
+        """The largest tree of a block."""
+        if not self.lookup:
+            return self.tree
+        return self.tree.with_branch(self.lookup) if self.heads else Tree.chain(self.lookup)
+
+    @property
+    def depth(self) -> int:
+        """K."""
+        return max(self.tree.depth, self.lookup)
+
+
+def plan_drafts(options: DecodingOptions, model: Any, *, do_sample: bool) -> DraftPlan:
+    """Drafts of a model under the options.
+
+    Raises:
+        DecodingError: more than the model's heads can draft, or trees of heads that draft in turn.
+    """
+    if options.sample_drafts and not do_sample:
+        raise DecodingError("sample_drafts=True needs do_sample=True; greedy decoding drafts the most likely tokens")
+    heads = resolve_num_draft_tokens(options.num_draft_tokens, num_future_tokens=model.num_future_tokens)
+    lookup = 0 if options.drafts == "heads" else options.num_lookup_tokens
+    if options.drafts == "lookup":
+        if options.num_draft_tokens:
+            raise DecodingError(
+                f"num_draft_tokens={options.num_draft_tokens} is for drafts of the heads; with drafts='lookup' pass "
+                f"num_lookup_tokens"
+            )
+        plain = options.num_draft_tokens == 0
+        return DraftPlan(0, Tree.chain(0), 0 if plain else lookup, sampled=False)
+    tree = Tree.chain(heads)
+    if options.tree is not None:
+        tree = _asked_tree(options.tree, heads, vocabulary=model.get_input_embeddings().num_embeddings)
+    if heads == 0:
+        return DraftPlan(0, tree, 0 if options.num_draft_tokens == 0 else lookup, sampled=False)
+    plan = DraftPlan(tree.depth, tree, lookup, options.sample_drafts)
+    if model.heads.autoregressive and not plan.widest.is_chain:
+        raise DecodingError(
+            f"{model.mtp_config.heads} heads draft one token after the other, and only a chain: leave tree out and pass "
+            f"drafts='heads' or drafts='lookup'"
+        )
+    return plan
+
+
+def _asked_tree(asked: int | Sequence[Sequence[int]], heads: int, *, vocabulary: int) -> Tree:
+    if heads == 0:
+        raise DecodingError("a tree needs heads that draft: this request has none; leave tree out")
+    if isinstance(asked, int):
+        if isinstance(asked, bool) or asked < 1:
+            raise DecodingError(f"a tree needs at least one drafted token: got tree={asked}; leave it out for a chain")
+        return default_tree(heads, nodes=asked)
+    try:
+        tree = Tree.from_choices(asked)
+    except (TypeError, ValueError) as error:
+        raise DecodingError(f"tree must be a number of nodes or a list of paths of ranks: {error}") from None
+    if len(tree) == 1:
+        raise DecodingError("the tree has no path; leave tree out for a chain")
+    if tree.depth > heads:
+        raise DecodingError(
+            f"the tree is {tree.depth} tokens deep, the heads draft {heads}; leave out its deeper paths"
+        )
+    if max(tree.ranks) >= vocabulary:
+        raise DecodingError(f"the tree takes rank {max(tree.ranks)} of {vocabulary} tokens; ranks count from 0")
+    return tree
+
+
+def acceptance_rule(options: DecodingOptions, plan: DraftPlan, *, do_sample: bool) -> Rule:
+    """The rule that the options ask for."""
+    if options.acceptance == "top_k":
+        return TopKAcceptance(options.acceptance_top_k, sampled=do_sample)
+    if options.acceptance == "distance":
+        return DistanceAcceptance(int(options.acceptance_distance), sampled=do_sample)
+    if not do_sample:
+        return greedy_match
+    if options.acceptance == "typical":
+        return TypicalAcceptance(options.posterior_threshold, options.posterior_alpha)
+    if not plan.sampled:
+        return sample_and_match
+    chain = plan.tree.is_chain and options.acceptance != "tokenwise"
+    return block_verification if chain else speculative_sampling
+
+
+def lossy_note(options: DecodingOptions, *, do_sample: bool) -> str | None:
+    """A sentence for the result where the text may differ from the model's own."""
+    if not options.lossy or (options.acceptance == "typical" and not do_sample):
+        return None
+    what = "distribution" if do_sample else "greedy text"
+    return f"acceptance={options.acceptance!r} is lossy: the text does not follow the model's own {what}"
