@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from headway.cli.console import counted, emit_json, human_console, note, show_facts, sized
+from headway.cli.launched import EXIT_USAGE, launched_rank
 from headway.cli.options import SectionedCommand, config_options, given_fields
 from headway.provenance import provenance
 from headway.training.config import TrainConfig
@@ -44,15 +45,16 @@ def train_command(
     Example: headway train --recipe tiny-bytes --data my_project --output out/mine
     """
     config = resolve_config(recipe=recipe, config_file=config_file, overrides=given_fields(context, TrainConfig))
-    if dry_run:
-        _show_plan(config)
-    else:
+    if not dry_run:
         _train(context, config)
+    elif launched_rank() == 0:
+        _show_plan(config)
 
 
 def _train(context: click.Context, config: TrainConfig) -> None:
     from transformers.utils import logging as transformers_logging
 
+    from headway.processes import PeerError
     from headway.training.interruption import TrainingInterruptedError
     from headway.training.loop import train
     from headway.training.progress import TrainingProgress
@@ -66,8 +68,14 @@ def _train(context: click.Context, config: TrainConfig) -> None:
             on_event=TrainingProgress(human_console()),
         )
     except TrainingInterruptedError as interruption:
-        note(str(interruption))
+        if launched_rank() == 0:
+            note(str(interruption))
         context.exit(_EXIT_AFTER_SIGNAL + interruption.signal_number)
+    except PeerError:
+        # The process that met the error has told it.
+        context.exit(EXIT_USAGE)
+    if launched_rank() != 0:
+        return
     note(f"model: {result.model_directory}; try: headway generate {result.model_directory} PROMPT --compare")
     emit_json(result.to_json() | {"provenance": provenance()})
 

@@ -49,6 +49,10 @@ class Batch:
         """The same batch on another device."""
         return Batch(*(getattr(self, field.name).to(device, non_blocking=non_blocking) for field in fields(self)))
 
+    def rows(self, indices: Sequence[int]) -> Batch:
+        """Those of the rows."""
+        return Batch(*(getattr(self, field.name)[list(indices)] for field in fields(self)))
+
     def split(self, batch_size: int) -> Iterator[Batch]:
         """The rows in order, at most `batch_size` at a time."""
         if batch_size < 1:

@@ -21,6 +21,7 @@ from headway.evaluation.json_ready import json_ready
 from headway.evaluation.offset_logits import evaluation_mode, offset_logit_chunks
 from headway.functional.targets import IGNORE_INDEX, shift_targets
 from headway.model.multi_token_lm import MultiTokenLM
+from headway.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def walk_acceptance(
     position_ids_BT: Tensor | None = None,
     document_ids_BT: Tensor | None = None,
     rows_per_forward: int = 32,
+    processes: Processes | None = None,
 ) -> WalkAcceptance:
     """Walk windows of real text block by block and count the drafts that would be accepted.
 
@@ -85,6 +87,8 @@ def walk_acceptance(
         position_ids_BT: positions within each document, where windows hold several.
         document_ids_BT: integers that differ between neighbouring documents.
         rows_per_forward: windows per forward pass.
+        processes: all pass the same windows, each walks its share of them, and all get the figures of all; None: this one
+            alone.
 
     Raises:
         ConfigError: num_draft_tokens outside 0 .. n - 1, or rows_per_forward < 1.
@@ -101,6 +105,16 @@ def walk_acceptance(
         raise ConfigError(f"rows_per_forward must be at least 1: got {rows_per_forward}")
     if windows_BT.ndim != 2 or windows_BT.numel() == 0:
         raise DataError(f"windows must have the shape [batch, positions] with tokens: got {tuple(windows_BT.shape)}")
+    if processes is not None and processes.several:
+        return _together(
+            model,
+            windows_BT,
+            processes,
+            num_draft_tokens=drafts,
+            position_ids_BT=position_ids_BT,
+            document_ids_BT=document_ids_BT,
+            rows_per_forward=rows_per_forward,
+        )
     lengths: list[int] = []
     with evaluation_mode(model):
         for start in range(0, windows_BT.shape[0], rows_per_forward):
@@ -121,6 +135,34 @@ def walk_acceptance(
             )
             lengths += walk_blocks(predicted_BTN, fits_BT)
     return summarize_blocks(lengths, num_draft_tokens=drafts, num_future_tokens=model.num_future_tokens)
+
+
+def _together(
+    model: MultiTokenLM,
+    windows_BT: Tensor,
+    processes: Processes,
+    *,
+    num_draft_tokens: int,
+    position_ids_BT: Tensor | None,
+    document_ids_BT: Tensor | None,
+    rows_per_forward: int,
+) -> WalkAcceptance:
+    mine = list(processes.share_of(windows_BT.shape[0]))
+    counts = torch.zeros(1 + num_draft_tokens, dtype=torch.long, device=windows_BT.device)
+    if mine:
+        own = walk_acceptance(
+            model,
+            windows_BT[mine],
+            num_draft_tokens=num_draft_tokens,
+            position_ids_BT=None if position_ids_BT is None else position_ids_BT.expand_as(windows_BT)[mine],
+            document_ids_BT=None if document_ids_BT is None else document_ids_BT.expand_as(windows_BT)[mine],
+            rows_per_forward=rows_per_forward,
+        )
+        counts += torch.tensor(own.length_counts, device=counts.device)
+    lengths = [
+        length for length, count in enumerate(processes.total(counts).tolist(), start=1) for _ in range(int(count))
+    ]
+    return summarize_blocks(lengths, num_draft_tokens=num_draft_tokens, num_future_tokens=model.num_future_tokens)
 
 
 def walk_blocks(predicted_BTN: Tensor, fits_BT: Tensor) -> list[int]:

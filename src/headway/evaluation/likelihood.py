@@ -18,6 +18,7 @@ from headway.evaluation.json_ready import json_ready
 from headway.evaluation.offset_logits import evaluation_mode, offset_logit_chunks
 from headway.functional.targets import IGNORE_INDEX, shift_targets
 from headway.model.multi_token_lm import MultiTokenLM
+from headway.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ def evaluate_likelihood(
     *,
     bytes_per_token: float | None = None,
     chunk_tokens: int = 1024,
+    processes: Processes | None = None,
 ) -> OffsetLikelihood:
     """Mean nats and accuracy per offset over all valid targets of all batches.
 
@@ -59,6 +61,7 @@ def evaluate_likelihood(
         batches: packed or plain batches without padding.
         bytes_per_token: mean bytes of one held-out token (1.0 for byte tokens).
         chunk_tokens: positions whose logits exist at once.
+        processes: each passes other batches, or none, and all get the figures of all batches; None: this one alone.
 
     Raises:
         DataError: there was no batch.
@@ -73,6 +76,11 @@ def evaluate_likelihood(
     with evaluation_mode(model):
         for batch in batches:
             _add_batch(model, batch, sums, chunk_tokens=chunk_tokens)
+    if processes is not None:
+        device = next(model.parameters()).device
+        rows = [[total.nats, total.correct, total.targets, total.batches] for total in sums]
+        totals_N4 = processes.total(torch.tensor(rows, dtype=torch.float64, device=device)).tolist()
+        sums = [_Sums(nats, int(correct), int(targets), int(count)) for nats, correct, targets, count in totals_N4]
     if not sums[0].batches:
         raise DataError("nothing to evaluate: there was no batch; pass at least one batch of tokens")
     nats = tuple(total.nats / total.targets if total.targets else math.nan for total in sums)

@@ -1,13 +1,15 @@
 """Evaluations to run now and then while a model trains: likelihood, acceptance, and the real decoder.
 
 Each evaluator is a callable (model, steps done) -> figures, as `headway.training.loop.train` takes them; a list has one
-number per offset. They look at the same held-out text every time.
+number per offset. They look at the same held-out text every time. On several processes each takes its share of the rows and
+of the prompts, and all give the figures of all; each needs the whole model then, since they do not decode in step.
 
 Legend: B rows, T positions.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,6 +22,7 @@ from headway.evaluation.acceptance import walk_acceptance
 from headway.evaluation.json_ready import json_ready
 from headway.evaluation.likelihood import evaluate_likelihood
 from headway.model.multi_token_lm import MultiTokenLM
+from headway.processes import current_processes
 
 Evaluator = Callable[[MultiTokenLM, int], Mapping[str, Any]]
 
@@ -52,14 +55,21 @@ def held_out_evaluators(
     windows = held_out_windows(cache, sequence_length=sequence_length, max_windows=rows)
 
     def likelihood(model: MultiTokenLM, step: int) -> dict[str, Any]:
+        processes = current_processes()
         batch = windows.to(_device(model))
-        figures = evaluate_likelihood(model, batch.split(_ROWS_PER_FORWARD), bytes_per_token=cache.bytes_per_token)
+        figures = evaluate_likelihood(
+            model,
+            batch.rows(processes.share_of(len(batch))).split(_ROWS_PER_FORWARD),
+            bytes_per_token=cache.bytes_per_token,
+            processes=processes,
+        )
         walk = walk_acceptance(
             model,
             batch.input_ids_BT,
             position_ids_BT=batch.position_ids_BT,
             document_ids_BT=batch.document_ids_BT,
             rows_per_forward=_ROWS_PER_FORWARD,
+            processes=processes,
         )
         return _ready(
             nats=figures.nats,
@@ -74,18 +84,27 @@ def held_out_evaluators(
     prompts_BT = held_out_windows(cache, sequence_length=prompt_tokens, max_windows=prompts).input_ids_BT
 
     def decoding(model: MultiTokenLM, step: int) -> dict[str, Any]:
-        ids_BT = prompts_BT.to(_device(model))
-        result = model.generate(
-            ids_BT,
-            attention_mask=torch.ones_like(ids_BT),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            return_dict_in_generate=True,
-        )
-        acceptance = result.acceptance
+        processes = current_processes()
+        ids_BT = prompts_BT[list(processes.share_of(len(prompts_BT)))].to(_device(model))
+        offsets = model.num_future_tokens - 1
+        counts = torch.zeros(2 + 2 * offsets, dtype=torch.long, device=ids_BT.device)
+        if len(ids_BT):
+            acceptance = model.generate(
+                ids_BT,
+                attention_mask=torch.ones_like(ids_BT),
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                return_dict_in_generate=True,
+            ).acceptance
+            emitted, forwards = int(acceptance.emitted_tokens.sum()), int(acceptance.forwards.sum())
+            counts += torch.tensor([emitted, forwards, *acceptance.drafted, *acceptance.accepted], device=ids_BT.device)
+        emitted, forwards, *rest = processes.total(counts).tolist()
         return _ready(
-            decoded_acceptance_length=acceptance.mean_acceptance_length,
-            decoded_acceptance_rate=acceptance.acceptance_rate.tolist(),
+            decoded_acceptance_length=emitted / forwards if forwards else math.nan,
+            decoded_acceptance_rate=[
+                accepted / drafted if drafted else math.nan
+                for drafted, accepted in zip(rest[:offsets], rest[offsets:], strict=True)
+            ],
         )
 
     return [likelihood, decoding]
