@@ -40,6 +40,9 @@ COMMANDS = {
         "train_command",
         "Train a multi-token model from text, or continue the unfinished run in the output folder.",
     ),
+    "report": CommandEntry(
+        "headway.cli.report", "report_command", "Compare training runs on one page, from their metrics alone."
+    ),
     "generate": CommandEntry(
         "headway.cli.generate", "generate_command", "Continue a prompt, faster, with not one token changed."
     ),

@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from headway.cli.console import counted, emit_json, human_console, note, show_facts, sized
+from headway.cli.console import emit_json, human_console, note
 from headway.cli.launched import EXIT_USAGE, launched_rank
 from headway.cli.options import SectionedCommand, config_options, given_fields
+from headway.cli.plan import list_recipes as show_recipes
+from headway.cli.plan import refuse_plan_options, show_plan
 from headway.provenance import provenance
 from headway.training.config import TrainConfig
-from headway.training.config_file import recipe_names, resolve_config, to_yaml
+from headway.training.config_file import resolve_config
 
 if TYPE_CHECKING:
     from headway.training.corpus import TrainingData
-    from headway.training.estimate import TrainingPlan
     from headway.training.run import Evaluator
 
 _EXIT_AFTER_SIGNAL = 128
@@ -28,27 +29,49 @@ _EXIT_AFTER_SIGNAL = 128
     epilog="Precedence: flags, then --config, then --recipe, then the defaults. 'none' unsets an option. "
     "The last line of stdout is one JSON document.",
 )
-@click.option("--recipe", metavar="NAME", help=f"Start from a recipe: {', '.join(recipe_names())}.")
+@click.option("--recipe", metavar="NAME", help="Start from a recipe, such as tiny-bytes or gloeckle-7b-200b.")
+@click.option("--list-recipes", is_flag=True, help="Show all recipes, those of the paper's tables among them.")
 @click.option(
     "--config", "config_file", type=click.Path(path_type=Path), help="YAML file; its keys are the options below."
 )
 @click.option(
-    "--dry-run", is_flag=True, help="Show configuration, parameters, memory, steps and tokens; train nothing."
+    "--dry-run",
+    is_flag=True,
+    help="Show configuration, parameters, memory per device, steps, tokens and step time; train nothing.",
+)
+@click.option("--processes", type=click.IntRange(min=1), help="With --dry-run: plan for so many, one device each.")
+@click.option(
+    "--on",
+    "device_name",
+    metavar="DEVICE",
+    help="With --dry-run: plan for this product, such as H100; else this machine.",
 )
 @config_options(TrainConfig)
 @click.pass_context
 def train_command(
-    context: click.Context, /, recipe: str | None, config_file: Path | None, dry_run: bool, **fields: Any
+    context: click.Context,
+    /,
+    recipe: str | None,
+    list_recipes: bool,
+    config_file: Path | None,
+    dry_run: bool,
+    processes: int | None,
+    device_name: str | None,
+    **fields: Any,
 ) -> None:
     """Train a multi-token model from text, or continue the unfinished run in the output folder.
 
     Example: headway train --recipe tiny-bytes --data my_project --output out/mine
     """
+    if list_recipes:
+        show_recipes()
+        return
+    refuse_plan_options(dry_run, {"--processes": processes, "--on": device_name})
     config = resolve_config(recipe=recipe, config_file=config_file, overrides=given_fields(context, TrainConfig))
     if not dry_run:
         _train(context, config)
     elif launched_rank() == 0:
-        _show_plan(config)
+        show_plan(config, processes=processes or 1, device_name=device_name or "this")
 
 
 def _train(context: click.Context, config: TrainConfig) -> None:
@@ -93,45 +116,3 @@ def _evaluators(config: TrainConfig, data: TrainingData) -> list[Evaluator]:
         prompt_tokens=config.eval_prompt_tokens,
         new_tokens=config.eval_new_tokens,
     )
-
-
-def _show_plan(config: TrainConfig) -> None:
-    from headway.training.estimate import plan_training
-
-    plan = plan_training(config)
-    memory = plan.memory
-    click.echo(to_yaml(config), err=True)
-    show_facts(
-        "Parameters",
-        [
-            ("total", counted(plan.total_parameters)),
-            ("without embeddings", counted(plan.non_embedding_parameters)),
-            (f"heads of offsets 2..{config.num_future_tokens}", counted(plan.head_parameters)),
-        ],
-    )
-    show_facts(
-        "Memory of a step (estimate)",
-        [
-            ("weights", sized(memory.weights)),
-            ("gradients", sized(memory.gradients)),
-            ("optimizer", sized(memory.optimizer)),
-            ("activations of a micro-batch", sized(memory.activations)),
-            ("loss: one chunk of logits, gradients of heads", sized(memory.loss)),
-            ("total", sized(memory.total)),
-        ],
-    )
-    show_facts(
-        "Run",
-        [
-            ("steps", _steps(config, plan)),
-            ("tokens per step", f"{plan.tokens_per_step}"),
-            *([] if plan.tokens is None else [("tokens", counted(plan.tokens))]),
-        ],
-    )
-    emit_json({"config": config.to_dict(), "plan": plan.to_json(), "provenance": provenance()})
-
-
-def _steps(config: TrainConfig, plan: TrainingPlan) -> str:
-    if config.epochs is not None:
-        return f"{config.epochs:g} epochs; the text is not read for a plan"
-    return f"{plan.steps}, {plan.warmup_steps} of them warm-up"

@@ -42,7 +42,8 @@ class AcceptanceStatistics:
         mean_acceptance_length: tokens emitted per forward, the model's own token included, pooled over rows: 1..n; NaN
             where no forward followed the prefill.
         acceptance_rate: float64 [N-1], item i for offset i + 2: of the drafts whose earlier offsets were all right, the
-            share that was right too; pooled over rows, NaN where never drafted.
+            share that was right too; pooled over rows, NaN where never drafted. In a tree a draft is right where one of its
+            candidates is. More than N-1 items where more tokens were copied than heads draft.
         forwards: int64 [B], forwards after the prefill in which the row was unfinished.
         emitted_tokens: int64 [B], tokens that these forwards gave (the prefill's token is not among them).
         lengths: per row, the tokens emitted by each of its forwards.
@@ -124,12 +125,20 @@ class GenerationResult(ModelOutput):  # type: ignore[misc]
             padding id (the end-of-sequence id where there is none, 0 where there is neither).
         acceptance: how far each forward got.
         mode: "self-speculative", or "plain" for one token per forward.
-        note: why the mode is plain although a draft was possible, else None.
+        note: why the mode is plain although a draft was possible, or that the acceptance rule is lossy; else None.
+        acceptance_rule: which drafts stood: "exact", "tokenwise", "typical", "top_k" or "distance".
+        lossless: whether the rule leaves the model's output, or where it samples its distribution, as it is.
         num_new_tokens: int64 [B], new tokens of each row, without padding.
+        scores: with `output_scores`, per new token the processed scores [B, V] that decided it; NaN after a row's end.
+        logits: with `output_logits`, the same before processing.
     """
 
     sequences: Tensor
     acceptance: AcceptanceStatistics = None  # type: ignore[assignment]  # ModelOutput allows one required field
     mode: DecodingMode = None  # type: ignore[assignment]
     note: str | None = None
+    acceptance_rule: str = None  # type: ignore[assignment]
+    lossless: bool = None  # type: ignore[assignment]
     num_new_tokens: Tensor = None  # type: ignore[assignment]
+    scores: tuple[Tensor, ...] | None = None
+    logits: tuple[Tensor, ...] | None = None
