@@ -14,7 +14,7 @@ from headway.experiments.report.curves import Point, thinned
 
 COLOURS = 8
 _WIDTH, _HEIGHT = 480.0, 300.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 14.0, 10.0, 46.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 24.0, 10.0, 46.0
 _DASHES = ("", "7 3", "2 3", "10 3 2 3")
 _MOST_MARKS = 40
 # A fall from random weights would press everything that matters against the floor.
@@ -42,9 +42,9 @@ def line_chart(
     identifier: str,
     title: str,
     axis: str,
-    unit: str,
     place: Callable[[float], str],
     value: Callable[[float], str],
+    tick_word: Callable[[float], str],
     lower_is_better: bool,
 ) -> str:
     """An SVG drawing that names itself to readers who cannot see it.
@@ -54,9 +54,9 @@ def line_chart(
         identifier: unlike that of every other chart of the page.
         title: what is drawn.
         axis: name of the horizontal axis.
-        unit: of the vertical axis.
         place: a place on the horizontal axis in words.
         value: a value in words.
+        tick_word: a round value in words, for the vertical axis.
         lower_is_better: for losses, whose first fall may leave the frame at the top.
     """
     drawn = [Line(line.name, line.number, thinned(line.points)) for line in lines if line.points]
@@ -82,16 +82,11 @@ def line_chart(
     for tick in ticks_y:
         y = down(tick)
         parts.append(f'<line class="grid" x1="{_LEFT:g}" x2="{end:g}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="y" x="{_LEFT - 7:g}" y="{y + 4.5:.1f}">{escape(value(tick))}</text>')
+        parts.append(f'<text class="y" x="{_LEFT - 7:g}" y="{y + 4.5:.1f}">{escape(tick_word(tick))}</text>')
     for tick in ticks_x:
-        anchor = "end" if across(tick) > end - 16 else "middle"
-        parts.append(
-            f'<text style="text-anchor:{anchor}" x="{min(across(tick), end):.1f}" y="{floor + 18:g}">{escape(place(tick))}</text>'
-        )
+        parts.append(f'<text class="x" x="{across(tick):.1f}" y="{floor + 18:g}">{escape(place(tick))}</text>')
     parts.append(f'<line class="base" x1="{_LEFT:g}" x2="{end:g}" y1="{floor:g}" y2="{floor:g}"/>')
     parts.append(f'<text class="axis" x="{(_LEFT + end) / 2:g}" y="{_HEIGHT - 8:g}">{escape(axis)}</text>')
-    middle = (_TOP + floor) / 2
-    parts.append(f'<text class="axis" transform="translate(13 {middle:g}) rotate(-90)">{escape(unit)}</text>')
     parts.append(f'<g clip-path="url(#{identifier}-c)">')
     for line in drawn:
         parts.append(_curve(line, across=across, down=down, place=place, value=value))

@@ -74,11 +74,13 @@ def figures(runs: Sequence[RunRecords]) -> list[Figure]:
 
 def held_out_loss(offset: int) -> Figure:
     """Held-out loss of an offset."""
-    return Figure(HELD_OUT_LOSS, f"Loss, offset {offset}", "nats per token", "nats", offset - 1, lower_is_better=True)
+    return Figure(
+        HELD_OUT_LOSS, f"Held-out loss, offset {offset}", "nats per token", "nats", offset - 1, lower_is_better=True
+    )
 
 
 BITS_PER_BYTE = Figure(
-    HELD_OUT_LOSS, "Bits per byte, offset 1", "bits per byte", "bits_per_byte", 0, lower_is_better=True
+    HELD_OUT_LOSS, "Held-out bits per byte, offset 1", "bits per byte", "bits_per_byte", 0, lower_is_better=True
 )
 
 
@@ -89,9 +91,9 @@ def _candidates(runs: Sequence[RunRecords]) -> Iterator[Figure]:
     for offset in offsets[1:]:
         yield held_out_loss(offset)
     for offset in offsets:
-        yield Figure(ACCURACY, f"Accuracy, offset {offset}", "%", "accuracy", offset - 1, share=True)
+        yield Figure(ACCURACY, f"Held-out accuracy, offset {offset}", "%", "accuracy", offset - 1, share=True)
     yield Figure(ACCEPTANCE, "Tokens per forward along held-out text", "tokens", "walk_acceptance_length")
-    yield Figure(ACCEPTANCE, "Tokens per forward of the decoder", "tokens", "decoded_acceptance_length")
+    yield Figure(ACCEPTANCE, "Tokens per forward, decoding", "tokens", "decoded_acceptance_length")
     for offset in offsets[1:]:
         title = f"Drafts of offset {offset} accepted, the earlier ones given"
         yield Figure(ACCEPTANCE, title, "%", "walk_acceptance_rate", offset - 2, share=True)

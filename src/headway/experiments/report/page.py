@@ -117,12 +117,21 @@ def _chart(runs: Sequence[RunRecords], figure: Figure, axis: Axis) -> str:
         identifier=f"{axis}-{re.sub('[^a-z0-9]+', '-', f'{figure.section} {figure.title}'.lower())}",
         title=figure.title,
         axis=_AXES[axis],
-        unit=figure.unit,
         place=amount,
         value=value,
+        tick_word=_percent_tick if figure.share else _tick,
         lower_is_better=figure.lower_is_better,
     )
-    return f"<figure><figcaption>{escape(figure.title)}<ul>{newest}</ul></figcaption>{drawing}</figure>"
+    unit = f"<small>{escape(figure.unit)}</small>" if figure.unit and not figure.share else ""
+    return f"<figure><figcaption>{escape(figure.title)} {unit}<ul>{newest}</ul></figcaption>{drawing}</figure>"
+
+
+def _tick(value: float) -> str:
+    return f"{value:.4g}" if abs(value) < 1e4 else amount(value)
+
+
+def _percent_tick(value: float) -> str:
+    return f"{100 * value:.4g} %"
 
 
 def _table(table: Table) -> str:
@@ -136,7 +145,8 @@ def _table(table: Table) -> str:
 
 def _cell(cell: str) -> str:
     figure, _, remark = cell.partition("\n")
-    return f"<td>{escape(figure)}{f'<small>{escape(remark)}</small>' if remark else ''}</td>"
+    long = ' class="long"' if len(figure) > 24 else ""
+    return f"<td{long}>{escape(figure)}{f'<small>{escape(remark)}</small>' if remark else ''}</td>"
 
 
 def _count(number: int, noun: str) -> str:

@@ -55,11 +55,12 @@ figure { margin: 0; padding: 14px 14px 8px; min-width: 0; break-inside: avoid; }
 figcaption { font-weight: 600; font-size: 15px; }
 figcaption ul { list-style: none; display: flex; flex-wrap: wrap; gap: 0 16px; margin: 2px 0 4px; padding: 0; font-weight: 400; }
 figcaption li { font-size: 13.5px; color: var(--soft); }
+figcaption small { font-weight: 400; color: var(--soft); }
 figcaption b { color: var(--ink); font-variant-numeric: tabular-nums; }
 figure svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--soft); font-size: 13px; }
 svg text.y { text-anchor: end; font-variant-numeric: tabular-nums; }
-svg text.axis { text-anchor: middle; }
+svg text.axis, svg text.x { text-anchor: middle; }
 svg .grid { stroke: var(--line); }
 svg .base { stroke: var(--soft); }
 svg .curve { fill: none; stroke: var(--c); stroke-width: 1.8; stroke-linejoin: round; }
@@ -72,6 +73,7 @@ th, td { padding: 6px 12px; text-align: right; border-bottom: 1px solid var(--li
 thead th { color: var(--soft); font-size: 13.5px; overflow-wrap: anywhere; }
 tbody th { text-align: left; font-weight: 400; color: var(--soft); padding-left: 0; min-width: 11em; }
 tbody tr:last-child > * { border-bottom: 0; }
+td { white-space: nowrap; } td.long { white-space: normal; overflow-wrap: anywhere; }
 td small { display: block; color: var(--soft); font-size: 12.5px; }
 footer { margin-top: 36px; color: var(--soft); font-size: 14px; }
 footer code { font: 0.95em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere; }

@@ -59,9 +59,9 @@ def final_table(runs: Sequence[RunRecords]) -> Table:
     rows = [
         ("state", *(_state(run) for run in runs)),
         ("future tokens (n)", *("-" if run.num_future_tokens is None else str(run.num_future_tokens) for run in runs)),
-        _row("parameters", [number((run.result or {}).get("num_parameters")) for run in runs], amount, relative),
-        _row("training tokens", [_last(run, "tokens") for run in runs], amount, relative),
-        _row("training FLOPs", [_last(run, "flops") for run in runs], amount, relative),
+        _row("parameters", [number((run.result or {}).get("num_parameters")) for run in runs], counted, relative),
+        _row("training tokens", [_last(run, "tokens") for run in runs], counted, relative),
+        _row("training FLOPs", [_last(run, "flops") for run in runs], counted, relative),
     ]
     for figure in figures(runs):
         if figure.section != TRAINING:
@@ -69,7 +69,7 @@ def final_table(runs: Sequence[RunRecords]) -> Table:
             rows.append(_row(figure.title, [figure.last(run) for run in runs], shown, _difference(figure)))
     rows += [
         _row("Training loss in all, last step", [_last(run, "loss") for run in runs], decimals, None),
-        _row("tokens/s (median)", [_median(run, "tokens_per_second") for run in runs], amount, relative),
+        _row("tokens/s (median)", [_median(run, "tokens_per_second") for run in runs], counted, relative),
         _row("MFU (median)", [_median(run, "mfu") for run in runs], share, None),
         _row("GPU memory, peak", [_largest(run, "gpu_peak_bytes") for run in runs], gibibytes, relative),
         _row("memory in RAM, largest", [_largest(run, "resident_bytes") for run in runs], gibibytes, relative),
@@ -110,7 +110,7 @@ def warnings(runs: Sequence[RunRecords]) -> list[str]:
             "figures do not compare strictly",
         )
     if "seed" not in differences and len(runs) > 1:
-        said.append("each option was run once: differences as small as those between two seeds mean nothing")
+        said.append("the runs share one seed: differences as small as those between two seeds mean nothing")
     return said
 
 
@@ -125,14 +125,14 @@ def efficiency_table(found: SampleEfficiency) -> Table:
                 cells.append("-")
                 continue
             ratio = "" if need.ratio is None or need is needs[0] else f"\n{need.ratio:.2f}x the first run's"
-            cells.append(f"{'at most ' if need.at_most else ''}{amount(need.amount)}{ratio}")
+            cells.append(f"{'at most ' if need.at_most else ''}{counted(need.amount)}{ratio}")
         rows.append((f"{names[axis]} for {decimals(found.level)}", *cells))
     for axis, budget in found.budgets.items():
         if budget is not None:
             values = found.at_budget[axis]
-            rows.append(_row(f"loss at {amount(budget)} {names[axis]}", values, decimals, _minus))
+            rows.append(_row(f"loss at {counted(budget)} {names[axis]}", values, decimals, _minus))
     kept = [row for row in rows if any(cell != "-" for cell in row[1:])]
-    title = f"Sample efficiency ({found.figure.title.lower()}, {found.figure.unit})"
+    title = f"Sample efficiency: held-out {found.figure.unit} of offset 1"
     return Table(title, ("", *found.runs), tuple(kept))
 
 
@@ -157,13 +157,27 @@ def share(value: float) -> str:
 def amount(value: float) -> str:
     """A count that can be read at a glance.
 
-    >>> amount(999), amount(12_345_678), amount(7.3e13)
-    ('999', '12.3 M', '73 T')
+    >>> amount(999), amount(12_345_678), amount(7e13)
+    ('999', '12.3 M', '70 T')
     """
-    for size, unit in ((1e18, " E"), (1e15, " P"), (1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
+    size, unit = _unit(value)
+    return f"{value / size:.3g}{unit}"
+
+
+def counted(value: float) -> str:
+    """The same with three digits in any case, for columns.
+
+    >>> counted(999), counted(12_345_678), counted(7e13)
+    ('999', '12.3 M', '70.0 T')
+    """
+    size, unit = _unit(value)
+    return f"{value / size:#.3g}{unit}".replace(". ", " ").removesuffix(".")
+
+
+def _unit(value: float) -> tuple[float, str]:
+    units = ((1e18, " E"), (1e15, " P"), (1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k"))
+    # what rounds up to the next unit belongs to it
+    return next(((size, unit) for size, unit in units if abs(value) >= 0.9995 * size), (1.0, ""))
 
 
 def duration(seconds: float) -> str:
@@ -189,7 +203,8 @@ def gibibytes(value: float) -> str:
 
 def relative(value: float, first: float) -> str | None:
     """A factor, where there is one to tell."""
-    return f"{value / first:.2f}x" if first and value != first else None
+    factor = f"{value / first:.2f}x" if first else None
+    return None if factor == "1.00x" else factor
 
 
 def _minus(value: float, first: float) -> str | None:
