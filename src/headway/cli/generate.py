@@ -115,10 +115,10 @@ def generate_command(
         raise ConfigError("--stop got an empty string, which ends every text at once; pass at least one character")
 
     data = read_prompt(prompt, file)
-    session = _open_session(
+    session = open_session(
         model, data, sampling, dtype=dtype, threads=threads, stop=stop, limit=max_new_tokens, show_blocks=show_blocks
     )
-    document = _describe(session)
+    document = describe(session)
     if compare:
         document |= _compared(session, num_draft_tokens)
     else:
@@ -131,7 +131,7 @@ def generate_command(
         raise click.exceptions.Exit(EXIT_DIFFERENT)
 
 
-def _open_session(
+def open_session(
     model: str,
     data: bytes,
     sampling: Sampling,
@@ -142,6 +142,11 @@ def _open_session(
     limit: int | None,
     show_blocks: bool,
 ) -> Session:
+    """A loaded model and its prompt, ready to generate.
+
+    Raises:
+        HeadwayError: the folder, the prompt or the limits cannot be used.
+    """
     import torch
 
     from headway.cli.models import load_model_folder
@@ -220,7 +225,8 @@ def _generation_arguments(
     return arguments
 
 
-def _describe(session: Session) -> dict[str, Any]:
+def describe(session: Session) -> dict[str, Any]:
+    """Model, machine and limits of a session, JSON-ready."""
     import torch
 
     weight = next(session.loaded.model.parameters())

@@ -46,6 +46,9 @@ COMMANDS = {
     "generate": CommandEntry(
         "headway.cli.generate", "generate_command", "Continue a prompt, faster, with not one token changed."
     ),
+    "race": CommandEntry(
+        "headway.cli.race", "race_command", "Watch plain and self-speculative decoding type the same text."
+    ),
     "info": CommandEntry(
         "headway.cli.info", "info_command", "Show versions and device, or what a model costs in memory."
     ),
@@ -56,6 +59,9 @@ COMMANDS = {
         "headway.cli.convert",
         "convert_command",
         "Convert a model between headway, plain Hugging Face and other layouts.",
+    ),
+    "analyze": CommandEntry(
+        "headway.cli.analyze", "analyze_command", "Show what a model says about the next two tokens along a text."
     ),
     "experiments": CommandEntry(
         "headway.cli.experiments", "experiments_group", "Train several models under equal conditions and compare them."

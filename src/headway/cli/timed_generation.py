@@ -110,7 +110,7 @@ class Session:
         if write:
             decoder = TextDecoder(self.loaded.tokenizer, self.input_ids_1T[0].tolist())
             live = LiveText(decoder, show_blocks=self.show_blocks)
-        stream = self._stream(num_draft_tokens, max_new_tokens or self.max_new_tokens)
+        stream = self.stream(num_draft_tokens, max_new_tokens or self.max_new_tokens)
         tokens: list[int] = []
         seconds: list[float] = []
         interrupted = False
@@ -139,7 +139,8 @@ class Session:
             interrupted=interrupted,
         )
 
-    def _stream(self, num_draft_tokens: int | None, max_new_tokens: int) -> BlockStream:
+    def stream(self, num_draft_tokens: int | None, max_new_tokens: int) -> BlockStream:
+        """The forwards of one generation, to be run by whoever iterates."""
         model = self.loaded.model
         input_ids_1T = self.input_ids_1T.to(next(model.parameters()).device)
         return stream_blocks(
