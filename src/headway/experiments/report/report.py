@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,8 @@ def write_page(report: RunReport, path: Path, *, overwrite: bool) -> None:
         aside.write_text(page, encoding="utf-8")
         aside.replace(path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):  # where there is no folder there is nothing to take back
+            aside.unlink(missing_ok=True)
         raise DataError(f"cannot write {path}: {error.strerror}; name another --output") from error
 
 
