@@ -123,3 +123,45 @@ def test_what_cannot_be_done_is_one_line_and_leaves_nothing(arguments, message, 
     tiny_base("qwen3").save_pretrained("qwen3")
     assert message in refused(capsys, *arguments)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plain", "qwen3", "taken"]
+
+
+def test_a_plain_model_gets_the_heads_that_were_asked_for(tmp_path: Path, capsys):
+    tiny_base("llama").save_pretrained(tmp_path / "a")
+    source, to_headway = str(tmp_path / "a"), ("--from", "hf", "--to", "headway", "-n", "3")
+    document, shown = convert(
+        capsys,
+        source,
+        str(tmp_path / "b"),
+        *to_headway,
+        "--heads",
+        "medusa",
+        "--head-option",
+        "blocks_per_head=2",
+        "--head-option",
+        "own_unembedding=false",
+        "--verify",
+    )
+    config = MultiTokenLM.from_pretrained(tmp_path / "b").mtp_config
+    assert (config.heads, config.blocks_per_head, config.own_unembedding) == ("medusa", 2, False)
+    assert document["num_future_tokens"] == 3
+    assert "heads added: offsets 2 to 3, as they start from the base" in shown
+    for options, words in (
+        (("--head-option", "blocks_per_head"), "NAME=VALUE"),
+        (("--head-option", "block_per_head=2"), "did you mean 'blocks_per_head'"),
+        (("--head-option", "blocks_per_head=two"), "--head-option blocks_per_head"),
+        (("--heads", "hydra", "--head-option", "wiring=causal"), "wiring='causal' means nothing"),
+    ):
+        assert words in refused(capsys, source, str(tmp_path / "c"), *to_headway, *options)
+
+
+def test_heads_alone_are_read_with_their_base(tmp_path: Path, capsys):
+    tiny_base("llama").save_pretrained(tmp_path / "a")
+    headed = ("--from", "hf", "--to", "medusa-engine", "-n", "3", "--heads", "medusa", "--verify")
+    _, shown = convert(capsys, str(tmp_path / "a"), str(tmp_path / "m"), *headed)
+    assert "the base is not in this layout" in shown
+    back = ("--from", "medusa-engine", "--to", "headway", "--verify")
+    document, _ = convert(capsys, str(tmp_path / "m"), str(tmp_path / "b"), *back, "--base", str(tmp_path / "a"))
+    assert document["num_future_tokens"] == 3
+    assert "--base" in refused(capsys, str(tmp_path / "m"), str(tmp_path / "c"), *back)
+    wrong = ("--from", "hf", "--to", "headway", "-n", "2")
+    assert "--from medusa-engine" in refused(capsys, str(tmp_path / "m"), str(tmp_path / "c"), *wrong)

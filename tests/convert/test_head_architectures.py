@@ -131,16 +131,111 @@ def test_one_shared_module_serves_any_number_of_offsets(tmp_path):
     assert any("shared module serves offsets 4 to 5" in note for note in report.notes)
 
 
+DRAWN = ("transformer-markov", "linear-tap-markov", "medusa", "hydra", "sequential")
+
+
+@pytest.mark.parametrize(
+    ("name", "head_init"),
+    [(name, "copy") for name in ARCHITECTURES if name not in CHANGES_BASE] + [(name, "fresh") for name in DRAWN],
+)
+def test_a_plain_model_gets_heads_of_any_architecture_as_attach_heads_starts_them(name, head_init, tmp_path):
+    tiny_base("llama-gqa-tied").save_pretrained(tmp_path / "a")
+    options = dict(ARCHITECTURES[name])
+    heads = options.pop("heads", "transformer")
+    report = convert(
+        tmp_path / "a",
+        tmp_path / "b",
+        source_format="hf",
+        target_format="headway",
+        num_future_tokens=3,
+        heads=heads,
+        head_options=options,
+        head_init=head_init,
+        verify=True,
+    )
+    again = MultiTokenLM.from_pretrained(tmp_path / "b")
+    config = MultiTokenConfig(num_future_tokens=3, heads=heads, head_init=head_init, **options)
+    assert again.mtp_config == config
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    torch.manual_seed(11)
+    expected = [MultiTokenLM(base, config).heads.state_dict() for _ in range(2)]
+    found = again.heads.state_dict()
+    assert found.keys() == expected[0].keys()
+    drawn = {key for key in found if not torch.equal(expected[0][key], expected[1][key])}
+    for key in found.keys() - drawn:
+        assert torch.equal(found[key], expected[0][key])
+    for key in drawn:
+        # Of the same distribution: drawn for good, and as widely.
+        assert not torch.equal(found[key], expected[0][key])
+        torch.testing.assert_close(found[key].std(), expected[0][key].std(), rtol=0.4, atol=0)
+    assert drawn <= set(report.verification.random)
+    assert (head_init == "fresh") <= bool(drawn)
+    # Every head begins as the next-token head, where its kind allows it.
+    if head_init == "copy" and heads in ("linear", "medusa", "replicated_unembedding") and not options:
+        assert max(report.verification.max_abs_difference) <= report.verification.limit
+        assert len(report.verification.max_abs_difference) == 3
+
+
+@pytest.mark.parametrize(
+    "name", ["medusa", "hydra", "sequential", "linear", "replicated", "medusa-2-blocks-shared-markov"]
+)
+def test_heads_can_be_added_to_heads_of_any_architecture(name, tmp_path):
+    model = head_model(name, num_future_tokens=2)
+    model.save_pretrained(tmp_path / "a")
+    convert(tmp_path / "a", tmp_path / "b", num_future_tokens=4, verify=True, **HEADWAY)
+    again = MultiTokenLM.from_pretrained(tmp_path / "b")
+    assert again.num_future_tokens == 4
+    assert same(all_logits(again)[:, :, :2], all_logits(model))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"heads": "medusa"}, "num_future_tokens >= 2"),
+        ({"heads": "medusa", "num_future_tokens": 1}, "num_future_tokens >= 2"),
+        ({"heads": "medusa", "num_future_tokens": 3, "target_format": "hf"}, "a format that holds heads"),
+        ({"heads": "linear", "head_options": {"wiring": "causal"}, "num_future_tokens": 3}, "only transformer"),
+        ({"head_options": {"blocks": 2}, "num_future_tokens": 3}, "unknown field 'blocks'"),
+        (
+            {"head_options": {"wiring": "anticausal", "allow_base_change": True}, "num_future_tokens": 3},
+            "train it from scratch",
+        ),
+    ],
+)
+def test_heads_that_cannot_be_added_are_refused(options, match, tmp_path):
+    tiny_base("llama").save_pretrained(tmp_path / "a")
+    with pytest.raises(ConfigError, match=match):
+        convert(tmp_path / "a", tmp_path / "b", **({"source_format": "hf", "target_format": "headway"} | options))
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_model_with_heads_gets_no_second_kind(tmp_path):
+    head_model("medusa").save_pretrained(tmp_path / "a")
+    with pytest.raises(ConfigError, match="already"):
+        convert(tmp_path / "a", tmp_path / "b", heads="linear", num_future_tokens=3, **HEADWAY)
+
+
+@pytest.mark.parametrize(("heads", "target"), [("transformer", "facebook"), ("medusa", "medusa"), ("sequential", "hf")])
+@pytest.mark.parametrize("auxiliary", ["top", "mutor"])
+def test_what_training_alone_uses_stays_behind_by_name(auxiliary, heads, target, tmp_path):
+    config = MultiTokenConfig(num_future_tokens=3, heads=heads, auxiliary=auxiliary, auxiliary_weight=0.5)
+    model = MultiTokenLM(tiny_base("llama"), config)
+    model.save_pretrained(tmp_path / "a")
+    own = [name for name in model.heads.state_dict() if name.startswith("auxiliary.")]
+    kept = convert(tmp_path / "a", tmp_path / "same", verify=True, **HEADWAY)
+    assert (len(own) > 0, kept.left_out) == (True, ())
+    report = convert(tmp_path / "a", tmp_path / "b", source_format="headway", target_format=target, verify=True)
+    assert [line.partition(":")[0] for line in report.left_out] == own
+
+
 @pytest.mark.parametrize(
     ("name", "future", "match"),
     [
-        ("medusa", 5, "transformer heads alone"),
-        ("sequential", 5, "attach_heads"),
         ("anticausal", 2, "another model"),
         ("anticausal", 5, "another model"),
     ],
 )
-def test_what_cannot_be_added_or_taken_away_is_refused(name, future, match, tmp_path):
+def test_heads_on_the_next_token_path_are_neither_added_nor_taken_away(name, future, match, tmp_path):
     head_model(name).save_pretrained(tmp_path / "a")
     with pytest.raises(ConfigError, match=match):
         convert(tmp_path / "a", tmp_path / "b", num_future_tokens=future, **HEADWAY)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import click
 
 from headway.cli.console import DTYPES, counted, emit_json, note, quiet_libraries, show_facts, sized, torch_dtype
 from headway.convert.names import FORMATS
+from headway.errors import ConfigError
+from headway.heads.options import OPTIONS_OF, HeadOptions
 from headway.provenance import provenance
+from headway.training.fields import nearest, parse_text
 
 if TYPE_CHECKING:
     from headway.convert.report import ConversionReport
@@ -35,15 +39,30 @@ HEAD_STARTS = ("copy", "fresh")
     "heads, more adds heads that need training. Default: as in SOURCE.",
 )
 @click.option(
+    "--heads",
+    type=click.Choice([*OPTIONS_OF]),
+    help="Architecture of the heads that a model without any gets. Default: transformer.",
+)
+@click.option(
+    "--head-option",
+    "head_options",
+    metavar="NAME=VALUE",
+    multiple=True,
+    help="An option of these heads, such as wiring=causal or blocks_per_head=2; the guide to heads lists them.",
+)
+@click.option(
     "--head-init",
     type=click.Choice(HEAD_STARTS),
     default="copy",
     show_default=True,
-    help="How added heads start: as copies of the last layer, or drawn at random.",
+    help="How added heads start: from the base's own weights, or drawn at random.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of heads drawn at random.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of the weights written. Default: as in SOURCE.")
-@click.option("--base", help="Folder of the plain base, where SOURCE holds heads alone.")
+@click.option(
+    "--base",
+    help="Folder or hub name of the plain base, where SOURCE holds heads alone. Default: the base that they name.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a model that is in DESTINATION; its other files stay.")
 @click.option(
     "--verify",
@@ -57,6 +76,8 @@ def convert_command(
     source_format: str,
     target_format: str,
     num_future_tokens: int | None,
+    heads: Any,
+    head_options: tuple[str, ...],
     head_init: Any,
     seed: int,
     dtype: str | None,
@@ -80,6 +101,8 @@ def convert_command(
             source_format=source_format,
             target_format=target_format,
             num_future_tokens=num_future_tokens,
+            heads=heads,
+            head_options=_head_options(head_options),
             head_init=head_init,
             seed=seed,
             dtype=None if dtype is None else torch_dtype(dtype),
@@ -90,6 +113,19 @@ def convert_command(
         )
     _show(report, destination)
     emit_json({"destination": Path(destination).name, **report.to_dict(), "provenance": provenance()})
+
+
+def _head_options(given: tuple[str, ...]) -> dict[str, Any]:
+    annotations = get_type_hints(HeadOptions)
+    options: dict[str, Any] = {}
+    for item in given:
+        name, equals, text = item.partition("=")
+        if not equals:
+            raise ConfigError(f"--head-option takes NAME=VALUE: got {item!r}; write wiring=causal, say")
+        if name not in annotations:
+            raise ConfigError(f"there is no head option {name!r}; {nearest(name, annotations)}")
+        options[name] = parse_text(text, annotations[name], where=f"--head-option {name}")
+    return options
 
 
 @contextmanager
@@ -126,7 +162,7 @@ def _show(report: ConversionReport, destination: str) -> None:
             ("verified", f"{verification.tensors_compared} tensors bit for bit, {verification.num_tokens} tokens"),
             ("largest difference", f"{differences} (per offset; limit {verification.limit:.1e})"),
             ("random heads", _heads(verification.random) or "none"),
-            ("untrained copies", _heads(verification.unchanged) or "none"),
+            ("untrained", _heads(verification.unchanged) or "none"),
         ]
     show_facts(destination, facts)
     for line in report.notes:
@@ -134,9 +170,13 @@ def _show(report: ConversionReport, destination: str) -> None:
 
 
 def _heads(names: tuple[str, ...]) -> str:
-    """Tensors of heads, counted by offset, since one head has a dozen."""
-    counts: dict[int, int] = {}
+    """Tensors of heads, counted by offset, since one head has a dozen; those of all offsets by their name."""
+    counts: dict[str, int] = {}
     for name in names:
-        offset = int(name.partition(".")[0]) + 2
-        counts[offset] = counts.get(offset, 0) + 1
-    return ", ".join(f"offset {offset} ({count} tensors)" for offset, count in sorted(counts.items()))
+        numbered = re.match(r"(?:unembeddings\.)?(\d+)\.", name)
+        where = f"offset {int(numbered[1]) + 2}" if numbered else f"all offsets, {name.partition('.')[0]}"
+        counts[where] = counts.get(where, 0) + 1
+    return ", ".join(
+        f"{where} ({count} tensor{'s' if count > 1 else ''})"
+        for where, count in sorted(counts.items(), key=lambda item: (len(item[0]), item[0]))
+    )

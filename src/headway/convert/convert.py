@@ -5,23 +5,25 @@ report = convert("7B_200B_4", "code-7b", source_format="facebook", target_format
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from headway.convert.base_of_heads import base_folder
 from headway.convert.companions import TOKENIZER_FILES, Companions, copy_companions, find_companions
 from headway.convert.formats import MODEL_FORMATS, model_format
-from headway.convert.future_tokens import with_future_tokens
+from headway.convert.future_tokens import with_future_tokens, without_auxiliary
 from headway.convert.lazy_model import LazyModel, ModelFormat
 from headway.convert.recognise import looks_like
 from headway.convert.report import ConversionReport, Verification
 from headway.convert.tokenizer import complete_tokenizer
 from headway.convert.verification import verify as verify_folder
 from headway.errors import CheckpointError, ConfigError
-from headway.model.config import HeadInit
+from headway.model.config import HeadArchitecture, HeadInit, MultiTokenConfig
 from headway.model.folder import write_folder
 
 Progress = Callable[[int, int], None]
@@ -34,6 +36,8 @@ def convert(
     source_format: str,
     target_format: str,
     num_future_tokens: int | None = None,
+    heads: HeadArchitecture | None = None,
+    head_options: Mapping[str, Any] | None = None,
     head_init: HeadInit = "copy",
     seed: int = 0,
     dtype: torch.dtype | None = None,
@@ -55,7 +59,9 @@ def convert(
         num_future_tokens: n of the result, the next token included: fewer than the source's drops the farthest heads,
             more adds heads that need training. Not given: n stays; required from `hf` to `headway`, where it is the
             choice to be made.
-        head_init: how added heads start: "copy" of the base's last layer, or "fresh" as the family draws a layer.
+        heads: architecture of the heads that a model without any gets; transformer heads where not given.
+        head_options: fields of `headway.heads.options.HeadOptions` for these heads.
+        head_init: how added heads start: "copy" from the base's own weights, or "fresh" as the family draws them.
         seed: of fresh heads.
         dtype: of the weights written; None keeps each tensor's own.
         base: folder or hub name of the plain base, where the source holds heads alone; not given: the one that the heads
@@ -82,7 +88,10 @@ def convert(
             f"convert to headway first, and from there to {writer.name}"
         )
     original = reader.read(source, base=base)
-    model = _with_heads(original, reader, writer, num_future_tokens, head_init=head_init, seed=seed)
+    model = _of_kind(original, writer, num_future_tokens, heads, head_options)
+    model = _with_heads(model, reader, writer, num_future_tokens, head_init=head_init, seed=seed)
+    if writer.name != "headway":
+        model = without_auxiliary(model)
     model = writer.prepare(model).map(lambda tensor: tensor.to(dtype))
     companions = find_companions(source, reader.files, base=base)
     notes: list[str] = [*base_notes]
@@ -140,6 +149,34 @@ def _check_source(source: Path, reader: ModelFormat) -> None:
 def _check_destination(destination: Path, source: Path, base: Path | None) -> None:
     if source.resolve() == destination.resolve() or (base is not None and base.resolve() == destination.resolve()):
         raise ConfigError(f"source and destination are one folder, {destination}; write to another one")
+
+
+def _of_kind(
+    model: LazyModel,
+    writer: ModelFormat,
+    num_future_tokens: int | None,
+    heads: HeadArchitecture | None,
+    head_options: Mapping[str, Any] | None,
+) -> LazyModel:
+    if heads is None and not head_options:
+        return model
+    if model.num_future_tokens > 1:
+        raise ConfigError(
+            f"the source has heads={model.mtp_config.heads!r} already, so heads and head_options have no place; leave them "
+            f"out, or convert it to hf first"
+        )
+    if not writer.holds_heads or num_future_tokens is None or num_future_tokens < 2:
+        raise ConfigError(
+            f"heads and head_options say which heads are added: pass num_future_tokens >= 2 and a format that holds heads "
+            f"(got num_future_tokens={num_future_tokens}, format {writer.name})"
+        )
+    values = {"num_future_tokens": num_future_tokens, "heads": heads or "transformer", **(head_options or {})}
+    if MultiTokenConfig.from_dict(values).changes_base:
+        raise ConfigError(
+            f"heads with wiring={values['wiring']!r} become part of the next-token path, so the result would be another "
+            f"model; train it from scratch, or attach it in Python (headway.attach_heads)"
+        )
+    return replace(model, mtp_config=MultiTokenConfig.from_dict(values | {"num_future_tokens": 1}))
 
 
 def _with_heads(

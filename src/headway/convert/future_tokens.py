@@ -15,8 +15,9 @@ from torch import Tensor
 
 from headway.convert.architecture import PLAIN, Architecture, architecture, empty_model
 from headway.convert.lazy_model import LazyModel, LazyTensor
+from headway.convert.new_heads import built_heads
 from headway.errors import ConfigError
-from headway.heads.options import HeadInit
+from headway.heads.options import CHANGES_BASE, HeadInit
 from headway.heads.parts import draw
 from headway.model.config import MultiTokenConfig
 
@@ -31,12 +32,12 @@ def with_future_tokens(model: LazyModel, num_future_tokens: int, *, head_init: H
         seed: of fresh heads; each layer adds its number to it.
 
     Raises:
-        ConfigError: heads that are part of the next-token path; heads of a kind to which none can be added.
+        ConfigError: heads that are part of the next-token path.
     """
     old, new = model.num_future_tokens, num_future_tokens
     if new == old:
         return model
-    if model.mtp_config.changes_base:
+    if model.mtp_config.wiring in CHANGES_BASE:
         raise ConfigError(
             f"heads with wiring={model.mtp_config.wiring!r} are part of the next-token path: without one of them, or with "
             f"one more, it is another model; leave num_future_tokens out"
@@ -52,11 +53,28 @@ def with_future_tokens(model: LazyModel, num_future_tokens: int, *, head_init: H
     else:
         mtp_config = replace(mtp_config, head_init=head_init)
         heads |= _added(model, mtp_config, missing, seed=seed)
-        how = "copies of the base's last layer" if head_init == "copy" else f"drawn at random (seed {seed})"
+        how = "copies of the base's last layer" if mtp_config.heads == "transformer" else "as they start from the base"
+        if head_init == "fresh":
+            how = f"drawn at random (seed {seed})"
         notes = (f"heads added: {_offsets(old + 1, new)}, {how}; they need training before they predict",)
     if model.mtp_config.offset_weights is not None and new > old:
         notes += (f"loss weight 1: {_offsets(old + 1, new)}",)
     return replace(model, mtp_config=mtp_config, heads=heads, notes=model.notes + notes)
+
+
+def without_auxiliary(model: LazyModel) -> LazyModel:
+    """The same model without what an auxiliary objective added for training; it is named as left out."""
+    config = model.mtp_config
+    if config.auxiliary == "none":
+        return model
+    heads = {name: tensor for name, tensor in model.heads.items() if not name.startswith("auxiliary.")}
+    left_out = tuple(
+        f"{name}: the objective auxiliary={config.auxiliary!r} alone uses it, in training"
+        for name in model.heads
+        if name not in heads
+    )
+    nothing: dict[str, Any] = {field.name: field.default for field in fields(AuxiliaryOptions)}
+    return replace(model, mtp_config=replace(config, **nothing), heads=heads, left_out=model.left_out + left_out)
 
 
 def _offsets(first: int, last: int) -> str:
@@ -76,10 +94,7 @@ def last_layer(base: Mapping[str, LazyTensor], needed: Architecture) -> dict[str
 
 def _added(model: LazyModel, mtp_config: MultiTokenConfig, names: Sequence[str], *, seed: int) -> dict[str, LazyTensor]:
     if mtp_config.heads != "transformer" or not all(name[0].isdigit() for name in names):
-        raise ConfigError(
-            f"heads can be added to transformer heads alone, and not with a new Markov bias: got heads="
-            f"{mtp_config.heads!r}, markov_rank={mtp_config.markov_rank}; attach new heads with headway.attach_heads"
-        )
+        return built_heads(model, mtp_config, names, seed=seed)
     layer = last_layer(model.base, architecture(model.config, PLAIN))
     places = {name: _inside(name, mtp_config.layers_per_head) for name in names}
     if mtp_config.head_init == "copy":

@@ -124,13 +124,11 @@ def _gap(one: Tensor, other: Tensor) -> float:
 
 
 def _differences(model: LazyModel, source_BTNV: Tensor, written_BTNV: Tensor) -> tuple[float | None, ...]:
-    copies_speak_like_offset_1 = not unlike_the_paper(model.mtp_config)
     differences: list[float | None] = []
     for index in range(written_BTNV.shape[2]):
         if index < source_BTNV.shape[2]:
             expected_BTV = source_BTNV[:, :, index]
-        elif copies_speak_like_offset_1 and model.heads[_first_tensor(model, index - 1)].origin == "copy":
-            # A copy of the last layer reads what the last layer reads.
+        elif _speaks_like_offset_1(model, index - 1):
             expected_BTV = source_BTNV[:, :, 0]
         else:
             differences.append(None)
@@ -139,8 +137,17 @@ def _differences(model: LazyModel, source_BTNV: Tensor, written_BTNV: Tensor) ->
     return tuple(differences)
 
 
-def _first_tensor(model: LazyModel, head: int) -> str:
-    return next(name for name in model.heads if name.startswith(f"{head}."))
+def _speaks_like_offset_1(model: LazyModel, head: int) -> bool:
+    """Whether an added head says what the next-token head says: it reads and computes the same until it is trained."""
+    config = model.mtp_config
+    if config.heads == "transformer" and unlike_the_paper(config):
+        return False
+    if config.heads not in ("transformer", "linear", "medusa", "replicated_unembedding"):
+        return False
+    if config.tap_back or config.markov_rank:
+        return False
+    own = (f"{head}.", f"unembeddings.{head}.")
+    return all(tensor.origin == "copy" for name, tensor in model.heads.items() if name.startswith(own))
 
 
 def _untrained(model: LazyModel) -> tuple[str, ...]:
