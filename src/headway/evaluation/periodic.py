@@ -95,6 +95,8 @@ def held_out_evaluators(
                 max_new_tokens=new_tokens,
                 do_sample=False,
                 return_dict_in_generate=True,
+                # Each process has the whole model here and its own prompts; transformers would assume otherwise.
+                synced_gpus=False,
             ).acceptance
             emitted, forwards = int(acceptance.emitted_tokens.sum()), int(acceptance.forwards.sum())
             counts += torch.tensor([emitted, forwards, *acceptance.drafted, *acceptance.accepted], device=ids_BT.device)
