@@ -77,6 +77,8 @@ def step_line(standing: Standing) -> str:
     if step.offset_weights is not None and (shown := weights(step.offset_weights)) is not None:
         parts[-1] = parts[-1].replace(" = ", ": ").replace(" + ", " ")
         parts.append(f"weights {shown}")
+    if step.objective_per_offset is not None:
+        parts.append(f"objective {' '.join('-' if v is None else f'{v:.3f}' for v in step.objective_per_offset)}")
     if step.accuracy_per_offset is not None:
         shares = ["-" if share is None else f"{100 * share:.1f}" for share in step.accuracy_per_offset]
         parts.append(f"accuracy {' '.join(shares)} %")
