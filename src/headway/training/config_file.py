@@ -48,7 +48,7 @@ def recipe_names() -> list[str]:
 
 def recipe_summaries() -> dict[str, str]:
     """Names that `--recipe` takes, sorted, each with the first line of its file."""
-    return {name: _recipe_text(name).splitlines()[0].removeprefix("# ") for name in recipe_names()}
+    return {name: recipe_text(name).splitlines()[0].removeprefix("# ") for name in recipe_names()}
 
 
 def read_recipe(name: str) -> dict[str, Any]:
@@ -59,10 +59,11 @@ def read_recipe(name: str) -> dict[str, Any]:
     """
     if name not in recipe_names():
         raise ConfigError(f"unknown recipe {name!r}; {nearest(name, recipe_names())}")
-    return _checked_fields(_parse_yaml(_recipe_text(name), source=f"recipe {name}"), source=f"recipe {name}")
+    return _checked_fields(_parse_yaml(recipe_text(name), source=f"recipe {name}"), source=f"recipe {name}")
 
 
-def _recipe_text(name: str) -> str:
+def recipe_text(name: str) -> str:
+    """The file of a recipe, comments included."""
     return (resources.files("headway.training") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from headway.data.tokenizers import load_tokenizer
+from headway.heads.auxiliary import RegisterTokens, TokenOrderHead
 from headway.model.memory import model_footprint
 from headway.model.multi_token_lm import MultiTokenLM
 from headway.training.config import TrainConfig
@@ -117,7 +118,7 @@ def plan_training(config: TrainConfig, *, processes: int = 1) -> TrainingPlan:
     with torch.device("meta"):
         model = fresh_model(config, shape)
     footprint = model_footprint(model, dtype=torch.float32)
-    activations = _activations(model, config)
+    activations = _activations(config, shape)
     whole = _memory(model, config, activations=activations[config.gradient_checkpointing][1])
     step = step_shape(config, processes=processes)
     known = config.epochs is None
@@ -145,7 +146,7 @@ def _memory(model: MultiTokenLM, config: TrainConfig, *, activations: int) -> Me
     weights = sum(sizes.values())
     moments = {name: 1 if config.optimizer == "muon" and kind == "matrix" else 2 for name, kind in kinds.items()}
     vocabulary, width = model.family.lm_head.weight.shape
-    own = len(model.heads.unembeddings or ())
+    own = len(model.heads.unembeddings or ()) + isinstance(model.heads.auxiliary, TokenOrderHead)
     positions = config.batch_size * config.sequence_length
     compute_bytes = 4 if config.precision == "float32" else 2
     chunk = min(positions, config.loss_chunk_tokens)
@@ -161,9 +162,11 @@ def _memory(model: MultiTokenLM, config: TrainConfig, *, activations: int) -> Me
     )
 
 
-def _activations(model: MultiTokenLM, config: TrainConfig) -> tuple[tuple[bool, int], tuple[bool, int]]:
+def _activations(config: TrainConfig, shape: Any) -> tuple[tuple[bool, int], tuple[bool, int]]:
     """Bytes without and with gradient checkpointing."""
-    model.train()
+    with torch.device("meta"):
+        # one of its own: becoming fake unties what is tied
+        model = fresh_model(config, shape).train()
     # allow_non_fake_inputs: constants that a family's rotary embedding holds are real tensors.
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
@@ -176,6 +179,15 @@ def _activations(model: MultiTokenLM, config: TrainConfig) -> tuple[tuple[bool, 
 
 def kept_for_backward(model: MultiTokenLM, config: TrainConfig) -> int:
     """Bytes that autograd keeps after the forward of one micro-batch, weights not counted, each storage once."""
+    kept = _kept(model, config, length=config.sequence_length, num_offsets=model.num_future_tokens)
+    if isinstance(model.heads.auxiliary, RegisterTokens):
+        # The base, and no head, runs on registers too.
+        kept += _kept(model, config, length=2 * config.sequence_length, num_offsets=1)
+        kept -= _kept(model, config, length=config.sequence_length, num_offsets=1)
+    return kept
+
+
+def _kept(model: MultiTokenLM, config: TrainConfig, *, length: int, num_offsets: int) -> int:
     weights = {_storage(parameter) for parameter in model.parameters()}
     kept: dict[int, tuple[int, Tensor]] = {}
 
@@ -183,14 +195,16 @@ def kept_for_backward(model: MultiTokenLM, config: TrainConfig) -> int:
         kept[_storage(tensor)] = (tensor.untyped_storage().nbytes(), tensor)
         return tensor
 
-    input_ids_BT = torch.zeros((config.batch_size, config.sequence_length), dtype=torch.long)
+    input_ids_BT = torch.zeros((config.batch_size, length), dtype=torch.long)
     with (
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         forward_precision(model, config.precision),
     ):
-        states = model.offset_hidden_states(input_ids_BT, use_cache=False)
+        states = model.offset_hidden_states(
+            input_ids_BT, use_cache=False, num_offsets=num_offsets, on_drafts=config.train_on_drafts
+        )
         hidden = [model.before_unembedding(state_BTD, offset=k) for k, state_BTD in enumerate(states.hidden, start=1)]
-    assert len(hidden) == model.num_future_tokens
+    assert len(hidden) == num_offsets
     return sum(size for storage, (size, _) in kept.items() if storage not in weights)
 
 
