@@ -12,6 +12,7 @@ from torch import Tensor
 
 import headway.decoding.engine  # noqa: F401  (registers the engine)
 from headway.decoding.compare import NEAR_TIE_GAP, first_difference, top_two_gap
+from headway.decoding.drafting import TreeDrafter
 from headway.decoding.executor import EagerExecutor
 from tiny_models import VOCABULARY, random_tokens
 
@@ -118,3 +119,28 @@ def script_picks(
 
     monkeypatch.setattr(EagerExecutor, "draft", draft)
     monkeypatch.setattr(EagerExecutor, "_pick", lambda self, logits_BV, offset: spoilt(offset))
+
+
+def script_candidates(
+    monkeypatch: pytest.MonkeyPatch, continuations: Sequence[Sequence[int]], *, ranks: int = 3, seed: int = 3
+) -> None:
+    """Let the true token of every offset have a random rank among the heads' candidates, at times a rank nobody takes."""
+    generator = torch.Generator().manual_seed(seed)
+    places = [0] * len(continuations)
+    block = TreeDrafter.block
+
+    def drafted(self: TreeDrafter, standing: Any, last_B1: Tensor, *, depth: int) -> Any:
+        places[:] = standing.made
+        return block(self, standing, last_B1, depth=depth)
+
+    def logits(self: EagerExecutor, states: Any, nodes: Sequence[int], *, count: int) -> Tensor:
+        logits_KBV = torch.rand(count, len(places), VOCABULARY, generator=generator)
+        for row, (truth, made) in enumerate(zip(continuations, places, strict=True)):
+            for offset, token in enumerate(truth[made : made + count]):
+                rank = int(torch.randint(ranks, (1,), generator=generator))
+                others = logits_KBV[offset, row].sort(descending=True).values
+                logits_KBV[offset, row, token] = (others[rank] + (others[rank - 1] if rank else 2)) / 2
+        return logits_KBV
+
+    monkeypatch.setattr(TreeDrafter, "block", drafted)
+    monkeypatch.setattr(EagerExecutor, "draft_logits", logits)

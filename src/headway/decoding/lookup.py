@@ -12,8 +12,8 @@ class TextIndex:
     """One row's text, and where each of its n-grams stood last.
 
     >>> index = TextIndex([5, 6, 7, 8, 5, 6], longest=3)
-    >>> index.continuation(3)
-    [7, 8, 5]
+    >>> index.continuation(3), index.continuation(6)
+    ([7, 8, 5], [7, 8, 5, 6, 7, 8])
     >>> index.extend([9])
     >>> index.continuation(3)
     []
@@ -41,10 +41,14 @@ class TextIndex:
             self._tokens.append(token)
 
     def continuation(self, count: int) -> list[int]:
-        """At most `count` tokens that followed the longest n-gram at the end; empty where it never stood before."""
+        """`count` tokens that followed the longest n-gram at the end; empty where none of its ends stood before.
+
+        A copy that reaches the end of the text goes on with itself, so a text that repeats is continued as it repeats.
+        """
         end = len(self._tokens)
         for length in range(min(self._longest, end), 0, -1):
             begin = self._after.get(tuple(self._tokens[end - length :]))
             if begin is not None:
-                return self._tokens[begin : begin + count]
+                period = end - begin
+                return [self._tokens[begin + place % period] for place in range(count)]
         return []
