@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from headway.convert.architecture import PLAIN, Architecture, architecture, empt
 from headway.convert.lazy_model import LazyModel, LazyTensor
 from headway.convert.new_heads import built_heads
 from headway.errors import ConfigError
-from headway.heads.options import CHANGES_BASE, HeadInit
+from headway.heads.options import CHANGES_BASE, AuxiliaryOptions, HeadInit
 from headway.heads.parts import draw
 from headway.model.config import MultiTokenConfig
 
