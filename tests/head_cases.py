@@ -62,10 +62,11 @@ def head_model(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     perturb: float = 0.2,
+    **options: Any,
 ) -> MultiTokenLM:
     """A random model of the architecture, in eval mode; weights that start at zero or one are moved away from it."""
     model = tiny_model(
-        family, num_future_tokens=num_future_tokens, dtype=dtype, seed=seed, **ARCHITECTURES[architecture]
+        family, num_future_tokens=num_future_tokens, dtype=dtype, seed=seed, **(ARCHITECTURES[architecture] | options)
     )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

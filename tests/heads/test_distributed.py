@@ -8,12 +8,11 @@ import pytest
 import torch.multiprocessing
 
 import distributed_heads
-from head_cases import ARCHITECTURES
 
 
 @pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one(tmp_path):
     torch.multiprocessing.spawn(distributed_heads.compare, args=(str(tmp_path),), nprocs=2)
     gaps = json.loads((tmp_path / "gaps.json").read_text(encoding="utf-8"))
-    assert len(gaps) == len(ARCHITECTURES) * len(distributed_heads.WRAPPERS)
+    assert len(gaps) == len(distributed_heads.CASES) * len(distributed_heads.WRAPPERS)
     assert {case: gap for case, gap in gaps.items() if gap > 1e-12} == {}

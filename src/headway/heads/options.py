@@ -61,6 +61,9 @@ OPTIONS_OF: dict[str, frozenset[str]] = {
 """Architecture -> options that mean something for it; a value other than the default is refused elsewhere."""
 
 
+READS_DRAFTS: frozenset[HeadArchitecture] = frozenset({"hydra", "sequential"})
+"""Architectures whose heads read the tokens before an offset: known in training, drafted in decoding."""
+
 CHANGES_BASE: frozenset[Wiring] = frozenset({"anticausal"})
 """Wirings in which heads are part of the next-token path."""
 

@@ -34,7 +34,14 @@ from headway.provenance import provenance
 CONFIG_FILE = f"{HEADS_FOLDER}/config.json"
 HEADS_FILE = f"{HEADS_FOLDER}/heads.safetensors"
 _FORMAT = "headway-multi-token"
-_FREE_ON_LOAD = {"offset_weights", "head_init", "loss_chunk_tokens"}
+_FREE_ON_LOAD = {
+    "offset_weights",
+    "head_init",
+    "loss_chunk_tokens",
+    "auxiliary_weight",
+    "order_window",
+    "register_distance",
+}
 """Fields of a configuration that say how heads are trained, not what they are."""
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 

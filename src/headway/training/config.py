@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from headway.data.corpus_spec import CorpusSpec
 from headway.data.source_spec import parse_source, source_lines
+from headway.heads.options import ORDER_WINDOW, REGISTER_DISTANCE
 from headway.training.config_checks import check_together
 from headway.training.fields import check_limits, field_specs, option, parse_value
 
@@ -151,6 +152,19 @@ class TrainConfig:
     detach_trunk: Literal["off", "on", "hidden-states"] = option(
         "off", "on: nothing of the base feels the heads; hidden-states: only the norm and the unembedding that they share "
         "with it do.", group=LOSS)
+    train_on_drafts: bool = option(
+        False, "Sequential and hydra heads: read their own drafts in training, as they will in decoding (training-time "
+        "test).", group=LOSS)
+    auxiliary: Literal["none", "top", "mutor"] = option(
+        "none", "Objective beside the prediction of tokens, unused in decoding: token-order prediction (top) or register "
+        "tokens (mutor).", group=LOSS, on_resume="refuse")
+    auxiliary_weight: float | None = option(
+        None, "Factor of the auxiliary objective's loss; none: 1 for top, 0.3 for mutor.", group=LOSS, at_least=0)
+    order_window: int = option(
+        ORDER_WINDOW, "auxiliary top: tokens ahead that are ranked.", unit="tokens", group=LOSS, at_least=1)
+    register_distance: int = option(
+        REGISTER_DISTANCE, "auxiliary mutor: farthest token that a register predicts.",
+        unit="tokens", group=LOSS, at_least=1)
     loss_chunk_tokens: int = option(
         1024, "Rows of logits alive at once in the loss.",
         unit="tokens", group=LOSS, at_least=1, on_resume="free")

@@ -60,6 +60,7 @@ class StepDone:
         gpu_peak_bytes: most memory that tensors of this process had on its GPU so far; None on a CPU.
         data_mix: shares of the sources so far beside those asked for; None without a mixture.
         objective_per_offset: like loss_per_offset, the mean of what is trained; None where no offset is distilled.
+        auxiliary_loss: of the auxiliary objective, per next-token target and before its weight; None without one.
     """
 
     step: int
@@ -81,6 +82,7 @@ class StepDone:
     gpu_peak_bytes: int | None = None
     data_mix: tuple[SourceShare, ...] | None = None
     objective_per_offset: tuple[float | None, ...] | None = None
+    auxiliary_loss: float | None = None
 
     def record(self) -> dict[str, Any]:
         """The line of metrics.jsonl."""
@@ -103,6 +105,7 @@ class StepDone:
             "gpu_peak_bytes": self.gpu_peak_bytes,
             "data_mix": None if self.data_mix is None else [asdict(share) for share in self.data_mix],
             "objective_per_offset": None if self.objective_per_offset is None else list(self.objective_per_offset),
+            "auxiliary_loss": self.auxiliary_loss,
         }
 
 

@@ -91,7 +91,7 @@ class MultiTokenTrainer(Trainer):  # type: ignore[misc]
             inputs = {**inputs, "num_valid_targets": counts_N, "return_logits": not prediction_loss_only}
         if ignore_keys is None:
             ignore_keys = list(getattr(self.model.config, "keys_to_ignore_at_inference", ["past_key_values"]))
-        own = ["loss_per_offset", "num_correct_per_offset", "objective_per_offset"]
+        own = ["loss_per_offset", "num_correct_per_offset", "objective_per_offset", "auxiliary_loss"]
         return super().prediction_step(model, inputs, prediction_loss_only, [*ignore_keys, *own])
 
     # ------------------------------------------------------------------------------------------------ what is seen

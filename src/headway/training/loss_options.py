@@ -5,10 +5,11 @@ Needs no torch.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from headway.errors import ConfigError
-from headway.heads.options import CHANGES_BASE
+from headway.heads.options import CHANGES_BASE, READS_DRAFTS, AuxiliaryOptions, check_auxiliary
 from headway.losses.objective import TrainingObjective
 from headway.losses.weights import WeightPlan, full_weights
 
@@ -49,6 +50,7 @@ def training_objective(config: TrainConfig) -> TrainingObjective:
         temperature=config.distillation_temperature,
         distill_next_token=config.distill_next_token,
         detach_trunk=config.detach_trunk,
+        train_on_drafts=config.train_on_drafts,
     )
 
 
@@ -130,3 +132,9 @@ def _check_objective(config: TrainConfig) -> None:
             f"detach_trunk={config.detach_trunk} cannot cut heads off with wiring={config.wiring}: the next-token path runs "
             f"through them; set one of them back"
         )
+    if config.train_on_drafts and (config.num_future_tokens == 1 or config.heads not in READS_DRAFTS):
+        raise ConfigError(
+            f"train_on_drafts is for heads that read drafted tokens: got heads={config.heads} with num_future_tokens="
+            f"{config.num_future_tokens}; choose heads {' or '.join(sorted(READS_DRAFTS))} with num_future_tokens of 2 or more"
+        )
+    check_auxiliary(AuxiliaryOptions(**{field.name: getattr(config, field.name) for field in fields(AuxiliaryOptions)}))

@@ -32,6 +32,10 @@ def multi_token_config(config: TrainConfig) -> MultiTokenConfig:
         # a pretrained base has something for heads to start from
         head_init="fresh" if config.init_from is None else "copy",
         heads=config.heads,
+        auxiliary=config.auxiliary,
+        auxiliary_weight=config.auxiliary_weight,
+        order_window=config.order_window,
+        register_distance=config.register_distance,
         **asdict(options_from(config)),
     )
 

@@ -214,6 +214,7 @@ class TrainingRun:
             cost["offset_weights"] = self.weights.at(state.step)
             cost["accuracy_per_offset"] = outcome.accuracy_per_offset
             cost["objective_per_offset"] = outcome.objective_per_offset
+            cost["auxiliary_loss"] = outcome.auxiliary_loss
         self.emit(
             StepDone(
                 step=state.step,

@@ -34,6 +34,8 @@ class StepOutcome:
         accuracy_per_offset: share of the whole step's targets of each offset that no other token outscored; None for an
             offset with weight 0; None for all where the loss was not finite or does not count them.
         objective_per_offset: like loss_per_offset, the objective's mean; None where no offset is distilled.
+        auxiliary_loss: nats of the auxiliary objective per next-token target of the whole step, before its weight; None
+            without one, or where the loss was not finite.
     """
 
     loss: float | None
@@ -42,6 +44,7 @@ class StepOutcome:
     applied: bool
     accuracy_per_offset: tuple[float | None, ...] | None = None
     objective_per_offset: tuple[float | None, ...] | None = None
+    auxiliary_loss: float | None = None
 
 
 def optimizer_step(
@@ -82,6 +85,7 @@ def optimizer_step(
     loss = torch.zeros((), device=counts_N.device, dtype=torch.float64)
     sums_N = torch.zeros(counts_N.shape, device=counts_N.device, dtype=torch.float64)
     correct_N, trained_N = torch.zeros_like(sums_N), torch.zeros_like(sums_N)
+    auxiliary = torch.zeros_like(loss)
     for number, (batch, own_N) in enumerate(zip(micro_batches, counts_MN, strict=True), start=1):
         if should_stop():
             optimizer.zero_grad()
@@ -93,12 +97,13 @@ def optimizer_step(
                 )
             output.loss.backward()
         loss += output.loss.detach()
+        auxiliary += torch.nan if output.auxiliary_loss is None else output.auxiliary_loss
         sums_N += output.loss_per_offset.double() * own_N
         # An objective without right and wrong tokens has no accuracy.
         correct_N += torch.nan if output.num_correct_per_offset is None else output.num_correct_per_offset
         trained_N += torch.nan if output.objective_per_offset is None else output.objective_per_offset.double() * own_N
-    totals = parallel.processes.total(torch.cat([loss[None], sums_N, correct_N, trained_N]))
-    loss, (sums_N, correct_N, trained_N) = totals[0], totals[1:].chunk(3)
+    totals = parallel.processes.total(torch.cat([loss[None], auxiliary[None], sums_N, correct_N, trained_N]))
+    loss, auxiliary, (sums_N, correct_N, trained_N) = totals[0], totals[1], totals[2:].chunk(3)
     outcome = _update(optimizer, parallel, loss=float(loss), gradient_clip=gradient_clip)
     if outcome.loss is None:
         return outcome
@@ -112,6 +117,7 @@ def optimizer_step(
         loss_per_offset=per_offset,
         accuracy_per_offset=accuracy if any(share is not None for share in accuracy) else None,
         objective_per_offset=trained if any(mean is not None for mean in trained) else None,
+        auxiliary_loss=None if bool(auxiliary.isnan()) else float(auxiliary),
     )
 
 
