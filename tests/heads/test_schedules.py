@@ -41,6 +41,20 @@ def test_head_by_head_backward_has_the_same_gradients(name, family):
     assert largest_gap(found, expected) <= (1e-12 if family == "gpt2" else 1e-6)
 
 
+@pytest.mark.parametrize("name", ["transformer", "causal", "anticausal", "sequential", "medusa"])
+def test_offsets_without_a_weight_add_nothing_head_by_head(name):
+    model = head_model(name, dtype=torch.float64).train()
+    weights = {"offset_weights": (1.0, 0.0, 0.25, 0.0)}
+    model.mtp_config = type(model.mtp_config).from_dict(model.mtp_config.to_dict() | weights)
+    model(TOKENS, labels=TOKENS, position_ids=POSITIONS).loss.backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    backward_per_head(model, TOKENS, TOKENS, position_ids_BT=POSITIONS)
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    assert found.keys() == {name for name, gradient in expected.items() if bool(gradient.any())}
+    assert largest_gap(found, {name: expected[name] for name in found}) <= 1e-6
+
+
 @pytest.mark.parametrize(
     ("name", "order"),
     [

@@ -89,6 +89,8 @@ def backward_per_head(
         )
 
     def head_loss(hidden_BTD: Tensor, offset: int) -> Tensor:
+        if not weights[offset - 1]:
+            return hidden_BTD.new_zeros((), requires_grad=True)
         markov = None if offset == 1 else heads.markov
         bias = None if markov is None else LowRankBias(markov.states(following(offset - 1)), markov.to_logits.weight)
         return loss_of_targets(
