@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from headway.data.sources import iter_files
 from headway.data.split import split_by_group
@@ -152,6 +153,26 @@ def scalar_steps(folder, tag):
     board = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
     board.Reload()
     return [event.step for event in board.Scalars(tag)]
+
+
+def test_no_reader_of_event_files_sees_a_step_twice_or_misses_one(make_config, tmp_path):
+    config = make_config(tensorboard=True, checkpoint_every_steps=3, eval_every_steps=2)
+    for step in (3, 5):  # one kill with nothing, one with two steps beyond its checkpoint
+        with pytest.raises(Killed):
+            train(config, evaluators=[counting], on_event=killed_after(step))
+    newest = max((tmp_path / "run" / "tensorboard").iterdir())
+    newest.write_bytes(newest.read_bytes()[:-7])
+    train(config, evaluators=[counting])
+    seen = {}
+    for path in sorted((tmp_path / "run" / "tensorboard").iterdir()):
+        for event in EventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                seen.setdefault(value.tag, []).append(event.step)
+    evaluated = {tag for tag in seen if tag.startswith("evaluation/")}
+    assert {"evaluation/per_offset/offset_2", "train/loss", "train/accuracy_offset_3", "train/flops"} <= seen.keys()
+    for tag, steps in seen.items():
+        assert steps == ([2, 4, 6] if tag in evaluated else [1, 2, 3, 4, 5, 6]), tag
+        assert scalar_steps(tmp_path / "run", tag) == steps, tag
 
 
 def test_metrics_of_a_checkpoint_are_on_disk_before_it_exists(make_config, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,6 +15,7 @@ from headway.errors import TrainingError
 from headway.training.events import EvaluationDone, Event, StepDone
 from headway.training.metric_files import read_metrics
 from headway.training.run_directory import EVALUATIONS, METRICS, TENSORBOARD
+from headway.training.tensorboard_files import drop_later_events
 from headway.training.tracking import Tracker
 
 _PER_OFFSET = {
@@ -56,9 +58,11 @@ class MetricsWriter:
         self._tracker = None if open_tracker is None else open_tracker(folder)
         # Every line goes to the file first, so the files know what the tracker has heard of.
         told = self._tracker is not None and self._tracker.continued
-        self._told_step = _last_step(folder / METRICS) if told else 0
-        self._told_evaluation = _last_step(folder / EVALUATIONS) if told else 0
+        last_step, last_evaluation = _last_step(folder / METRICS), _last_step(folder / EVALUATIONS)
+        self._told_step, self._told_evaluation = (last_step, last_evaluation) if told else (0, 0)
         try:
+            if max(last_step, last_evaluation) > resumed_step:
+                drop_later_events(folder / TENSORBOARD, resumed_step)
             self._steps = _open_after(folder / METRICS, resumed_step)
             self._evaluations = _open_after(folder / EVALUATIONS, resumed_step)
         except OSError as error:
@@ -68,7 +72,10 @@ class MetricsWriter:
         self._board: Any = None
         if tensorboard:
             purge_step = resumed_step + 1 if resumed_step else None
-            self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=purge_step)
+            try:
+                self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=purge_step)
+            except OSError as error:
+                raise self._refused(error) from error
 
     def __call__(self, event: Event) -> None:
         """Write a logged step or an evaluation; other events are none of its business."""
@@ -93,16 +100,15 @@ class MetricsWriter:
             raise self._refused(error) from error
 
     def close(self) -> None:
-        """Flush and close all files, and end the tracked run."""
+        """Flush and close all files, and end the tracked run; what a full disk refuses is told once, everything is closed."""
         try:
-            self.flush()
-        finally:
-            self._steps.close()
-            self._evaluations.close()
-            if self._board is not None:
-                self._board.close()
-            if self._tracker is not None:
-                self._tracker.close()
+            with ExitStack() as closing:
+                for owned in (self._steps, self._evaluations, self._board, self._tracker):
+                    if owned is not None:
+                        closing.callback(owned.close)
+                self.flush()
+        except OSError as error:
+            raise self._refused(error) from error
 
     def _write(self, file: TextIO, record: Mapping[str, Any]) -> None:
         try:
