@@ -10,10 +10,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from headway.data.loader import Batch
 from headway.processes import Processes, process_group_of_all
 from headway.training.config import TrainConfig
+from headway.training.muon import orthogonalize_all
+from headway.training.muon_sharing import ReplicatedSharing, ShardedSharing
 from headway.training.optimizers import TrainingOptimizer
 from headway.training.parallel import Parallel, parallelize
 from headway.training.step import optimizer_step
@@ -64,9 +68,37 @@ def compare(rank: int, folder: str) -> None:
             alone = _steps(replace(case, mode="none"), Processes())
             together = _steps(case, processes)
             found[case.name] = {name: _gap(together[name], alone[name]) for name in alone}
+        found |= {f"muon sharing {mode}": {"largest": gap} for mode, gap in _sharing_gaps(rank).items()}
     if rank == 0:
         Path(folder, "gaps.json").write_text(json.dumps(found), encoding="utf-8")
     dist.destroy_process_group()
+
+
+def _sharing_gaps(rank: int) -> dict[str, float]:
+    """How far matrices of awkward shapes, given to their owners, are from those orthogonalised one process alone."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(6, 4), (5, 7), (1, 8), (6, 4), (9, 3), (3, 3), (2, 2)]
+    updates = [torch.randn(shape, generator=draw) for shape in shapes]
+    expected = [orthogonalize_all([update])[0] for update in updates]
+    group = dist.group.WORLD
+    assert group is not None
+    mesh = init_device_mesh("cpu", (2,))
+    shards = [distribute_tensor(update, mesh, [Shard(0)]) for update in updates]
+
+    def one_by_one(matrices: list[Tensor]) -> list[Tensor]:
+        return [orthogonalize_all([matrix])[0] for matrix in matrices]
+
+    whole = ReplicatedSharing(group)(updates, one_by_one)
+    rows = ShardedSharing(group)(shards, one_by_one)
+    own = [distribute_tensor(matrix, mesh, [Shard(0)]).to_local() for matrix in expected]
+    return {"ddp": _largest_gap(whole, expected), "fsdp": _largest_gap(rows, own)}
+
+
+def _largest_gap(mine: list[Tensor], wanted: list[Tensor]) -> float:
+    return max(
+        float((ours.float() - theirs.float()).abs().max()) if theirs.numel() else 0.0
+        for ours, theirs in zip(mine, wanted, strict=True)
+    )
 
 
 def _steps(case: Case, processes: Processes) -> dict[str, Tensor]:
