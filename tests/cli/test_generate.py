@@ -194,7 +194,11 @@ def test_sampling_is_reproducible_with_and_without_drafts(headway, byte_folder: 
     [
         (Sampling(None, None, None), {"do_sample": False}),
         (Sampling(0.0, None, 1), {"do_sample": False}),
-        (Sampling(None, None, 1), {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}),
+        (Sampling(None, None, 1), {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 1}),
+        (
+            Sampling(None, None, None, top_k=5, min_p=0.1),
+            {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 5, "min_p": 0.1},
+        ),
         (Sampling(0.7, 0.9, None), {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0}),
     ],
 )
@@ -333,3 +337,58 @@ def test_a_folder_without_tokenizer_is_one_line(headway, byte_folder: Path, tmp_
     assert status == 2
     assert "tokenizer" in err
     assert len(err.splitlines()) == 1
+
+
+DRAFTING = {
+    "default tree": ("--tree", "8"),
+    "tree": ("--tree", "[[0], [1], [0, 0]]"),
+    "lookup": ("--drafts", "lookup", "--num-lookup-tokens", "5", "--lookup-ngram", "2"),
+    "heads and lookup": ("--drafts", "heads+lookup", "--tree", "6"),
+}
+
+
+@pytest.mark.parametrize("drafting", DRAFTING)
+def test_trees_and_copies_give_the_greedy_text(drafting, headway, byte_folder: Path, constant_folder: Path):
+    command = ("generate", byte_folder, "hello hello", "--max-new-tokens", "30", "--json", *DRAFTING[drafting])
+    document = last_document(headway(*command)[1])
+    assert document["token_ids"] == greedy(byte_folder, b"hello hello", 30)
+    assert (document["mode"], document["lossless"], document["note"]) == ("self-speculative", True, None)
+    status, out, err = headway(
+        "generate", constant_folder, "aaa", "--max-new-tokens", "30", "--compare", *DRAFTING[drafting]
+    )
+    assert (status, last_document(out)["identical"]) == (0, True)
+    assert "identical: yes" in err
+
+
+def test_a_plain_folder_drafts_by_lookup(headway, plain_folder: Path):
+    command = ("generate", plain_folder, "hello hello hello", "--max-new-tokens", "20", "--json", "--drafts", "lookup")
+    _, out, err = headway(*command)
+    document = last_document(out)
+    assert document["token_ids"] == greedy(plain_folder, b"hello hello hello", 20)
+    assert document["mode"] == "self-speculative"
+    assert "has no heads" not in err
+
+
+def test_lossy_acceptance_is_said_on_the_screen_and_in_the_document(headway, byte_folder: Path):
+    command = ("generate", byte_folder, "hello", "--max-new-tokens", "9", "--json", "--seed", "3")
+    _, out, err = headway(*command, "--acceptance", "typical", "--posterior-threshold", "0.01")
+    document = last_document(out)
+    assert (document["acceptance_rule"], document["lossless"]) == ("typical", False)
+    assert "acceptance='typical' is lossy" in err.splitlines()[0]
+    assert last_document(headway(*command, "--sample-drafts")[1])["lossless"] is True
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--tree", "x"), "--tree takes a number of nodes or a JSON list"),
+        (("--tree", "[[0, 0]]"), "where it begins"),
+        (("--sample-drafts",), "--sample-drafts is for sampling: pass --temperature"),
+        (("--drafts", "lookup", "--tree", "4"), "a tree is made of the heads' candidates"),
+    ],
+)
+def test_drafts_that_cannot_be_are_one_line(flags, message, headway, byte_folder: Path):
+    status, out, err = headway("generate", byte_folder, "hello", "--max-new-tokens", "5", *flags)
+    assert (status, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert message in err

@@ -216,7 +216,6 @@ def test_processors_and_ends_act_along_the_path(monkeypatch):
         ({"tree": [(0,), (0, 0)], "num_draft_tokens": 1}, "2 tokens deep, the heads draft 1"),
         ({"tree": [(40,)]}, "takes rank 40 of 40 tokens"),
         ({"tree": "abc"}, "a number of nodes or a list of paths"),
-        ({"tree": 5, "num_draft_tokens": 0}, "a tree needs heads that draft"),
         ({"tree": 5, "drafts": "lookup"}, "drafts='heads' or 'heads"),
         ({"drafts": "lookup", "num_draft_tokens": 2}, "pass num_lookup_tokens"),
         ({"drafts": "assistant"}, r"drafts must be one of heads, lookup, heads\+lookup"),
@@ -226,6 +225,19 @@ def test_processors_and_ends_act_along_the_path(monkeypatch):
 def test_trees_and_lookups_that_cannot_be_are_refused(options, message):
     with pytest.raises(DecodingError, match=message):
         tiny_model().generate(random_tokens(1, 4), max_new_tokens=3, **options)
+
+
+def test_a_model_without_heads_makes_no_tree():
+    with pytest.raises(DecodingError, match="a tree needs heads that draft"):
+        tiny_model(num_future_tokens=1).generate(random_tokens(1, 4), max_new_tokens=3, tree=4)
+
+
+@pytest.mark.parametrize("options", [{"tree": 4}, {"drafts": "lookup"}, {"drafts": "heads+lookup"}])
+def test_zero_drafts_are_plain_whatever_else_is_asked(options):
+    row = random_tokens(1, 4)
+    result = tiny_model().generate(row, max_new_tokens=6, num_draft_tokens=0, return_dict_in_generate=True, **options)
+    assert result.mode == "plain"
+    assert result.acceptance.lengths == [[1] * 5]
 
 
 @pytest.mark.parametrize("heads", ["hydra", "sequential"])

@@ -92,7 +92,7 @@ def compare_decoding(session: Session, num_draft_tokens: int | None) -> Comparis
     warm_up = min(WARM_UP_TOKENS, session.max_new_tokens)
     for drafts in (0, num_draft_tokens):  # what a first call costs belongs to neither
         _whole(session.run(drafts, write=False, max_new_tokens=warm_up))
-    drafted = session.loaded.model.num_future_tokens - 1 if num_draft_tokens is None else num_draft_tokens
+    drafted = session.deepest_draft(num_draft_tokens)
     note("plain decoding, one token per forward:")
     plain = _whole(session.run(0))
     note(f"self-speculative decoding, up to {drafted + 1} tokens per forward:")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from headway.cli.console import DTYPES, emit_json, note
+from headway.cli.drafting import drafting_arguments, drafting_flags
 from headway.cli.prompt import encode_prompt, read_prompt
 from headway.errors import ConfigError, DecodingError
 from headway.provenance import provenance
@@ -30,22 +31,28 @@ class Sampling:
     temperature: float | None
     top_p: float | None
     seed: int | None
+    top_k: int | None = None
+    min_p: float | None = None
 
     @property
     def asked_for(self) -> bool:
         """Whether anything but the most likely token can be chosen."""
-        return self.temperature != 0 and (self.temperature, self.top_p, self.seed) != (None, None, None)
+        return self.temperature != 0 and any(
+            value is not None for value in (self.temperature, self.top_p, self.seed, self.top_k, self.min_p)
+        )
 
     def arguments(self) -> dict[str, Any]:
         """For `generate`; overrides what the folder's generation_config.json says about sampling."""
         if not self.asked_for:
             return {"do_sample": False}
-        return {
+        arguments = {
             "do_sample": True,
             "temperature": 1.0 if self.temperature is None else self.temperature,
             "top_p": 1.0 if self.top_p is None else self.top_p,
-            "top_k": 0,
+            "top_k": self.top_k or 0,
         }
+        optional = {"min_p": self.min_p, "seed": self.seed}
+        return arguments | {name: value for name, value in optional.items() if value is not None}
 
 
 @click.command("generate")
@@ -79,7 +86,14 @@ class Sampling:
     type=click.FloatRange(min=0, max=1, min_open=True),
     help="Sample from the smallest set of tokens with this share of the probability.",
 )
+@click.option("--top-k", type=click.IntRange(min=1), help="Sample from so many most likely tokens.")
+@click.option(
+    "--min-p",
+    type=click.FloatRange(min=0, max=1),
+    help="Sample from tokens at least so likely, as a share of the most likely one.",
+)
 @click.option("--seed", type=click.IntRange(min=0), help="Sample, reproducibly.")
+@drafting_flags
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of the weights. Default: as saved.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: torch's own choice.")
 @click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON document.")
@@ -94,10 +108,13 @@ def generate_command(
     stop: tuple[str, ...],
     temperature: float | None,
     top_p: float | None,
+    top_k: int | None,
+    min_p: float | None,
     seed: int | None,
     dtype: str | None,
     threads: int | None,
     as_json: bool,
+    **drafting: Any,
 ) -> None:
     """Continue a prompt, faster, with not one token changed.
 
@@ -106,17 +123,30 @@ def generate_command(
     --compare or --json the last line of stdout is one JSON document.
 
     Greedy decoding drafts with the heads and gives the tokens of plain decoding; --compare shows it, and ends with
-    status 1 where a token differs. Sampling (--temperature, --top-p, --seed) draws one token per forward and says so.
+    status 1 where a token differs. Sampling (--temperature, --top-p, --top-k, --min-p, --seed) follows the model's own
+    distribution, and one seed gives one text, with and without drafts.
     """
-    sampling = Sampling(temperature, top_p, seed)
+    sampling = Sampling(temperature, top_p, seed, top_k, min_p)
     if compare:
         _check_comparable(sampling, num_draft_tokens)
+    if drafting["sample_drafts"] and not sampling.asked_for:
+        raise ConfigError(
+            "--sample-drafts is for sampling: pass --temperature, --top-p, --top-k, --min-p or --seed with it"
+        )
     if any(not string for string in stop):
         raise ConfigError("--stop got an empty string, which ends every text at once; pass at least one character")
 
     data = read_prompt(prompt, file)
     session = open_session(
-        model, data, sampling, dtype=dtype, threads=threads, stop=stop, limit=max_new_tokens, show_blocks=show_blocks
+        model,
+        data,
+        sampling,
+        dtype=dtype,
+        threads=threads,
+        stop=stop,
+        limit=max_new_tokens,
+        show_blocks=show_blocks,
+        drafting=drafting_arguments(drafting),
     )
     document = describe(session)
     if compare:
@@ -141,8 +171,9 @@ def open_session(
     stop: tuple[str, ...],
     limit: int | None,
     show_blocks: bool,
+    drafting: dict[str, Any] | None = None,
 ) -> Session:
-    """A loaded model and its prompt, ready to generate.
+    """A loaded model and its prompt, ready to generate; `drafting` holds further arguments of `generate`.
 
     Raises:
         HeadwayError: the folder, the prompt or the limits cannot be used.
@@ -154,16 +185,14 @@ def open_session(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    if sampling.seed is not None:
-        torch.manual_seed(sampling.seed)
     loaded = load_model_folder(model, dtype=dtype)
     input_ids_1T = encode_prompt(data, loaded.tokenizer)
-    arguments = _generation_arguments(loaded, input_ids_1T, limit, stop) | sampling.arguments()
+    arguments = _generation_arguments(loaded, input_ids_1T, limit, stop) | sampling.arguments() | (drafting or {})
     return Session(loaded, input_ids_1T, arguments, show_blocks)
 
 
 def _generated(session: Session, num_draft_tokens: int | None) -> dict[str, Any]:
-    if not session.loaded.has_heads:
+    if not session.loaded.has_heads and not session.copies:
         note(f"{session.loaded.name} has no heads: one token per forward")
     generation = session.run(num_draft_tokens)
     if generation.result.note:
@@ -175,10 +204,10 @@ def _generated(session: Session, num_draft_tokens: int | None) -> dict[str, Any]
 def _compared(session: Session, num_draft_tokens: int | None) -> dict[str, Any]:
     from headway.cli.compare import compare_decoding
 
-    if not session.loaded.has_heads:
+    if not session.loaded.has_heads and not session.copies:
         raise DecodingError(
-            f"{session.loaded.name} has no heads, so there is nothing to compare; leave --compare out, or pass a "
-            f"headway folder"
+            f"{session.loaded.name} has no heads, so there is nothing to compare; leave --compare out, pass a headway "
+            f"folder, or draft by --drafts lookup"
         )
     comparison = compare_decoding(session, num_draft_tokens)
     for line in comparison.lines():
@@ -189,7 +218,8 @@ def _compared(session: Session, num_draft_tokens: int | None) -> dict[str, Any]:
 def _check_comparable(sampling: Sampling, num_draft_tokens: int | None) -> None:
     if sampling.asked_for:
         raise ConfigError(
-            "--compare is for greedy decoding, whose tokens must be equal: leave --temperature, --top-p and --seed out"
+            "--compare is for greedy decoding, whose tokens must be equal: leave --temperature, --top-p, --top-k, --min-p "
+            "and --seed out"
         )
     if num_draft_tokens == 0:
         raise ConfigError(

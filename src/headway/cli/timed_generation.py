@@ -15,6 +15,7 @@ from torch import Tensor
 from headway.cli.live_text import LiveText, TextDecoder
 from headway.cli.models import LoadedModel
 from headway.decoding.blocks import BlockStream, stream_blocks
+from headway.decoding.options import OPTION_NAMES, DecodingOptions, plan_drafts
 from headway.decoding.statistics import GenerationResult
 
 
@@ -48,6 +49,8 @@ class TimedGeneration:
         return {
             "mode": self.result.mode,
             "note": self.result.note,
+            "acceptance_rule": self.result.acceptance_rule,
+            "lossless": self.result.lossless,
             "text": self.text,
             "token_ids": self.tokens,
             "new_tokens": len(self.tokens),
@@ -79,7 +82,7 @@ class Session:
     Attributes:
         loaded: model and tokenizer.
         input_ids_1T: the prompt.
-        arguments: for `generate`: limits, ends, sampling.
+        arguments: for `generate`: limits, ends, sampling, drafts.
         show_blocks: mark in the text which forward pass gave what.
     """
 
@@ -92,6 +95,17 @@ class Session:
     def max_new_tokens(self) -> int:
         """Limit of new tokens."""
         return int(self.arguments["max_new_tokens"])
+
+    @property
+    def copies(self) -> bool:
+        """Whether drafts are copied from the text, which needs no heads."""
+        return "lookup" in self.arguments.get("drafts", "heads")
+
+    def deepest_draft(self, num_draft_tokens: int | None) -> int:
+        """Tokens of the longest draft."""
+        asked = {name: self.arguments[name] for name in OPTION_NAMES if name in self.arguments}
+        options = DecodingOptions(**(asked | {"num_draft_tokens": num_draft_tokens}))
+        return plan_drafts(options, self.loaded.model, do_sample=bool(self.arguments.get("do_sample"))).depth
 
     def run(
         self, num_draft_tokens: int | None, *, write: bool = True, max_new_tokens: int | None = None

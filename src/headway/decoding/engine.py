@@ -46,8 +46,19 @@ from headway.decoding.choosing import Chooser, GreedyChooser
 from headway.decoding.drafting import ChainDrafter, Drafter, DrawnDrafter, LookupDrafter, TreeDrafter
 from headway.decoding.executor import EagerExecutor
 from headway.decoding.history import History, PrefixGate
+from headway.decoding.lean.admission import lean_model
+from headway.decoding.lean.executor import LeanExecutor
+from headway.decoding.lean.model import LeanModel
 from headway.decoding.loop import DecodingLoop
-from headway.decoding.options import DecodingOptions, DraftPlan, acceptance_rule, lossy_note, plan_drafts, take_options
+from headway.decoding.options import (
+    PLAIN,
+    DecodingOptions,
+    DraftPlan,
+    acceptance_rule,
+    lossy_note,
+    plan_drafts,
+    take_options,
+)
 from headway.decoding.prompts import (
     Prompts,
     align_prompts,
@@ -69,7 +80,6 @@ from headway.decoding.refusals import (
 from headway.decoding.scored import Recorder, RowSeeds, ScoredChooser
 from headway.errors import DecodingError
 from headway.functional.acceptance import greedy_match
-from headway.functional.tree import Tree
 from headway.model.decoding_engine import register_engine
 
 logger = logging.getLogger(__name__)
@@ -284,9 +294,7 @@ class Engine:
                 other_criteria=not plain_limits,
                 recorder=recorder,
             )
-        executor = EagerExecutor(
-            model, prompts, max_new_tokens=max_new_tokens, num_draft_tokens=plan.heads, tree=plan.widest
-        )
+        executor, eager_note = self._executor(model, prompts, request.options, plan, max_new_tokens)
         lossy = lossy_note(request.options, do_sample=do_sample) if plan.depth else None
         return DecodingLoop(
             executor=executor,
@@ -300,7 +308,7 @@ class Engine:
             max_new_tokens=max_new_tokens,
             pad_token_id=pad_token_id,
             streamer=streamer,
-            note=note or lossy,
+            note="; ".join(filter(None, (note, lossy, eager_note))) or None,
             acceptance_rule=request.options.acceptance,
             lossless=lossy is None,
             recorder=recorder,
@@ -314,13 +322,28 @@ class Engine:
             if plan.depth and isinstance(processor, _STATEFUL_PROCESSORS):
                 name = type(processor).__name__
                 if do_sample and options == DecodingOptions(seed=options.seed):
-                    plain = DraftPlan(0, Tree.chain(0), 0, sampled=False)
-                    return plain, f"{name} keeps a state from token to token: one token was drawn per forward"
+                    return PLAIN, f"{name} keeps a state from token to token: one token was drawn per forward"
                 raise DecodingError(
                     f"{name} keeps a state from token to token, which drafted tokens would disturb; pass "
                     f"num_draft_tokens=0"
                 )
         return plan, None
+
+    def _executor(
+        self, model: Any, prompts: Prompts, options: DecodingOptions, plan: DraftPlan, max_new_tokens: int
+    ) -> tuple[EagerExecutor, str | None]:
+        """What runs the model, and why it is not what was asked for."""
+        if options.executor == "lean":
+            lean = lean_model(model)
+            if isinstance(lean, LeanModel):
+                return LeanExecutor(
+                    lean, prompts, max_new_tokens=max_new_tokens, num_draft_tokens=plan.heads, tree=plan.widest
+                ), None
+            logger.warning("no lean executor, the model runs eagerly: %s", lean)
+        executor = EagerExecutor(
+            model, prompts, max_new_tokens=max_new_tokens, num_draft_tokens=plan.heads, tree=plan.widest
+        )
+        return executor, f"no lean executor: {lean}" if options.executor == "lean" else None
 
     def _recorder(self, generation_config: Any, batch: int) -> Recorder | None:
         wanted = (bool(generation_config.output_scores), bool(generation_config.output_logits))

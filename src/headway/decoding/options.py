@@ -25,6 +25,7 @@ from headway.functional.tree import Tree, default_tree
 
 AcceptanceName = Literal["exact", "tokenwise", "typical", "top_k", "distance"]
 DraftsName = Literal["heads", "lookup", "heads+lookup"]
+ExecutorName = Literal["eager", "lean"]
 
 LOSSY: tuple[AcceptanceName, ...] = ("typical", "top_k", "distance")
 """Acceptance rules under which the text is not the model's own."""
@@ -35,7 +36,8 @@ class DecodingOptions:
     """Arguments of `generate` that transformers does not know.
 
     Attributes:
-        num_draft_tokens: tokens that the heads draft per forward, 0..n-1; None for n - 1; 0 decodes plainly.
+        num_draft_tokens: tokens that the heads draft per forward, 0..n-1; None for n - 1; 0 decodes plainly, whatever else
+            is asked.
         drafts: where drafts come from: the model's "heads", "lookup" (copied from the text so far, after its last
             tokens' previous occurrence; needs no heads), or both in one tree, "heads+lookup".
         tree: candidates that one forward verifies: None for a chain, a number of drafted tokens for the default tree of
@@ -54,6 +56,9 @@ class DecodingOptions:
         lookup_ngram: most tokens that have to match for a lookup; shorter matches are taken where there is no longer one.
         seed: of sampling. A number, of which every row has its own stream; or one number per row, whose row gets what
             it would get alone. None draws a number from torch's global generator.
+        executor: what runs the model: "eager", the Hugging Face model as it is; "lean", fused blocks with the same
+            weights in a layout that reads faster (`headway.decoding.lean`; takes the memory of a second copy of them).
+            A model that has no lean form runs eagerly, and the result's note says why.
     """
 
     num_draft_tokens: int | None = None
@@ -68,10 +73,12 @@ class DecodingOptions:
     num_lookup_tokens: int = 8
     lookup_ngram: int = 3
     seed: int | Sequence[int] | None = None
+    executor: ExecutorName = "eager"
 
     def __post_init__(self) -> None:
         _check_choice("drafts", self.drafts, get_args(DraftsName))
         _check_choice("acceptance", self.acceptance, get_args(AcceptanceName))
+        _check_choice("executor", self.executor, get_args(ExecutorName))
         for name in ("acceptance_top_k", "num_lookup_tokens", "lookup_ngram"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise DecodingError(f"{name} must be a whole number of at least 1: got {getattr(self, name)!r}")
@@ -142,6 +149,10 @@ class DraftPlan:
         return max(self.tree.depth, self.lookup)
 
 
+PLAIN = DraftPlan(0, Tree.chain(0), 0, sampled=False)
+"""One token per forward."""
+
+
 def plan_drafts(options: DecodingOptions, model: Any, *, do_sample: bool) -> DraftPlan:
     """Drafts of a model under the options.
 
@@ -151,6 +162,8 @@ def plan_drafts(options: DecodingOptions, model: Any, *, do_sample: bool) -> Dra
     if options.sample_drafts and not do_sample:
         raise DecodingError("sample_drafts=True needs do_sample=True; greedy decoding drafts the most likely tokens")
     heads = resolve_num_draft_tokens(options.num_draft_tokens, num_future_tokens=model.num_future_tokens)
+    if options.num_draft_tokens == 0:
+        return PLAIN
     lookup = 0 if options.drafts == "heads" else options.num_lookup_tokens
     if options.drafts == "lookup":
         if options.num_draft_tokens:
@@ -158,13 +171,12 @@ def plan_drafts(options: DecodingOptions, model: Any, *, do_sample: bool) -> Dra
                 f"num_draft_tokens={options.num_draft_tokens} is for drafts of the heads; with drafts='lookup' pass "
                 f"num_lookup_tokens"
             )
-        plain = options.num_draft_tokens == 0
-        return DraftPlan(0, Tree.chain(0), 0 if plain else lookup, sampled=False)
+        return DraftPlan(0, Tree.chain(0), lookup, sampled=False)
     tree = Tree.chain(heads)
     if options.tree is not None:
         tree = _asked_tree(options.tree, heads, vocabulary=model.get_input_embeddings().num_embeddings)
     if heads == 0:
-        return DraftPlan(0, tree, 0 if options.num_draft_tokens == 0 else lookup, sampled=False)
+        return DraftPlan(0, tree, lookup, sampled=False)
     plan = DraftPlan(tree.depth, tree, lookup, options.sample_drafts)
     if model.heads.autoregressive and not plan.widest.is_chain:
         raise DecodingError(
@@ -176,7 +188,7 @@ def plan_drafts(options: DecodingOptions, model: Any, *, do_sample: bool) -> Dra
 
 def _asked_tree(asked: int | Sequence[Sequence[int]], heads: int, *, vocabulary: int) -> Tree:
     if heads == 0:
-        raise DecodingError("a tree needs heads that draft: this request has none; leave tree out")
+        raise DecodingError("a tree needs heads that draft: this model has none; leave tree out")
     if isinstance(asked, int):
         if isinstance(asked, bool) or asked < 1:
             raise DecodingError(f"a tree needs at least one drafted token: got tree={asked}; leave it out for a chain")
