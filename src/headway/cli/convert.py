@@ -155,6 +155,8 @@ def _show(report: ConversionReport, destination: str) -> None:
         facts.append(("left behind", ", ".join(report.left_behind)))
     if report.left_out:
         facts.append(("left out", "; ".join(report.left_out)))
+    if report.gguf_obstacles is not None:
+        facts.append(("GGUF", "; ".join(report.gguf_obstacles) or "ready for llama.cpp's converter"))
     verification = report.verification
     if verification is not None:
         differences = ", ".join("new" if gap is None else f"{gap:.1e}" for gap in verification.max_abs_difference)

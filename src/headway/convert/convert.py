@@ -17,6 +17,7 @@ from headway.convert.base_of_heads import base_folder
 from headway.convert.companions import TOKENIZER_FILES, Companions, copy_companions, find_companions
 from headway.convert.formats import MODEL_FORMATS, model_format
 from headway.convert.future_tokens import with_future_tokens, without_auxiliary
+from headway.convert.gguf_ready import gguf_obstacles
 from headway.convert.lazy_model import LazyModel, ModelFormat
 from headway.convert.recognise import looks_like
 from headway.convert.report import ConversionReport, Verification
@@ -96,6 +97,7 @@ def convert(
     companions = find_companions(source, reader.files, base=base)
     notes: list[str] = [*base_notes]
     verification: list[Verification] = []
+    gguf: list[tuple[str, ...] | None] = []
     files: dict[str, int] = {}
 
     def write(folder: Path) -> None:
@@ -114,6 +116,7 @@ def convert(
                 dtype=dtype,
             )
             verification.append(found)
+        gguf.append(gguf_obstacles(folder) if writer.name == "hf" else None)
         files.update(
             {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
         )
@@ -128,7 +131,7 @@ def convert(
         # A tokenizer must not outlive the model that it was made for.
         removes=[*sorted(every_file), *TOKENIZER_FILES],
     )
-    return _report(original, model, reader, writer, files, companions, tuple(notes), verification)
+    return _report(original, model, reader, writer, files, companions, tuple(notes), gguf[0], verification)
 
 
 def _check_source(source: Path, reader: ModelFormat) -> None:
@@ -229,6 +232,7 @@ def _report(
     files: dict[str, int],
     companions: Companions,
     notes: tuple[str, ...],
+    gguf: tuple[str, ...] | None,
     verification: list[Verification],
 ) -> ConversionReport:
     return ConversionReport(
@@ -247,5 +251,6 @@ def _report(
         left_behind=companions.left_behind,
         left_out=model.left_out,
         notes=model.notes + notes,
+        gguf_obstacles=gguf,
         verification=verification[0] if verification else None,
     )

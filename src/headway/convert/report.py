@@ -52,6 +52,8 @@ class ConversionReport:
         left_behind: files of the source folder that did not travel.
         left_out: tensors of the source that the model does not need, with the reason.
         notes: what to know, one sentence each.
+        gguf_obstacles: why llama.cpp's converter would refuse a plain folder, empty where nothing is known; None for
+            formats that it does not read.
         verification: None unless asked for.
     """
 
@@ -70,6 +72,7 @@ class ConversionReport:
     left_behind: tuple[str, ...]
     left_out: tuple[str, ...]
     notes: tuple[str, ...]
+    gguf_obstacles: tuple[str, ...] | None
     verification: Verification | None
 
     def to_dict(self) -> dict[str, Any]:
