@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorWithFlattening, Trainer
 
 from headway.errors import ConfigError
+from headway.losses.objective import TrainingObjective
 from headway.model.lora import lora_module_names
 from headway.model.multi_token_lm import MultiTokenLM
 from headway.training.hugging_face import MultiTokenTrainer
@@ -218,3 +219,18 @@ def test_two_processes_train_and_evaluate_as_one(tmp_path):
         state = copy_of_state(model)
         saved = MultiTokenLM.from_pretrained(tmp_path / kind.__name__).state_dict()
         assert max(float((state[name] - saved[name]).abs().max()) for name in state) < 2e-6
+
+
+def test_an_objective_set_on_the_model_is_what_the_trainer_trains(tmp_path):
+    data, model = rows(4, ragged=True), tiny_model(offset_weights=(1.0, 0.5, 0.0, 0.0))
+    model.train_towards(TrainingObjective(divergence="kl"), teacher=tiny_base("llama", seed=7))
+    with torch.no_grad():
+        expected = model(**pad(data))
+    trained = trainer(
+        model, tmp_path, kind=MultiTokenTrainer, train_dataset=data, per_device_train_batch_size=4, max_steps=1
+    )
+    trained.train()
+    assert logged(trained)[0] == pytest.approx(expected.loss.item(), rel=1e-5)
+    assert logged(trained, "loss_offset_2")[0] == pytest.approx(expected.loss_per_offset[1].item(), rel=1e-5)
+    assert logged(trained, "loss_offset_3") == []  # without a weight it is not computed, and not reported
+    assert trained.evaluate(data)["eval_loss_offset_2"] > 0
