@@ -168,7 +168,7 @@ def test_the_variants_are_all_architectures_and_the_plain_model():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"variants": ("paralel",)}, "choose among plain, parallel"),
+        ({"variants": ("paralleled",)}, "choose among plain, parallel"),
         ({"seeds": ()}, "at least one"),
         ({"seeds": (1, 1)}, "different numbers"),
         ({"steps": 0}, "steps must be at least 1"),
