@@ -51,6 +51,8 @@ def _advice(config: TrainConfig, doing: str, error: BaseException) -> str:
     if not config.gradient_checkpointing:
         ways.append("pass --gradient-checkpointing")
     ways.append(f"lower loss_chunk_tokens={config.loss_chunk_tokens}")
+    if "evaluation" in doing:
+        ways = [f"lower eval_rows={config.eval_rows}, eval_prompts={config.eval_prompts}", *ways[-1:]]
     return (
         f"out of memory in {doing} ({first_line.strip()[:160]}); {_estimated(config)}"
         f"{', '.join(ways[:-1])}{' or ' if len(ways) > 1 else ''}{ways[-1]}, then start the same command again: it goes "

@@ -164,6 +164,8 @@ class TrainingRun:
         return bool(stop)
 
     def _doing(self) -> str:
+        if self._evaluation_is_due():
+            return f"the evaluation after step {self.state.step}"
         return f"step {min(self.state.step + 1, self.config.steps)}"
 
     def _step(self, compiler: LayerCompiler | None, stop: StopRequest) -> bool:
