@@ -18,14 +18,14 @@ def looks_like(folder: Path) -> str | None:
         return "headway"
     if (folder / "params.json").is_file():
         return "facebook"
-    if any((folder / name).is_file() for name in ("medusa_lm_head.pt", "medusa_lm_head.safetensors")):
-        return "medusa"
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (ValueError, OSError):
         return None
     if not isinstance(values, dict):
         return None
+    if any((folder / name).is_file() for name in ("medusa_lm_head.pt", "medusa_lm_head.safetensors")):
+        return "medusa"
     if values.get("model_type") == "medusa":
         return "medusa-engine"
     return "transformers-mtp" if any(values.get(name) for name in _SEQUENTIAL) else "hf"
