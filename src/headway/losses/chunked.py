@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from headway.errors import ConfigError, DataError
 from headway.functional.logits import SoftCap
 from headway.functional.targets import IGNORE_INDEX, shift_targets
-from headway.losses.distillation import ChunkValues, Teacher, distilled_chunk
+from headway.losses.distillation import BUFFERS, ChunkValues, Distribution, Teacher, distilled_chunk
 from headway.losses.logit_chunk import LogitChunk
 from headway.losses.objective import TrainingObjective
 
@@ -359,16 +359,17 @@ class _ChunkedLoss(torch.autograd.Function):
                     correct_N[offset] += correct_K[place]
             for offset in group.offsets:
                 values_N[offset] = nats_N[offset]
-        if distillation is not None:
-            distilled = [group for group in groups if group.distilled]
+        distilled = [group for group in groups if group.distilled]
+        if distillation is not None and distilled:
             for group in distilled:
                 # The last positions have no teacher that far ahead, and no target either.
                 for i, _ in group.pairs:
                     if (grad := grad_hidden[i]) is not None:
                         grad[max(0, num_rows - group.offsets[0]) :].zero_()
-            for start in range(0, num_rows, chunk_tokens):
-                stop = min(start + chunk_tokens, num_rows)
-                teacher_log_CV = distillation.teacher.log_probabilities(
+            # As much memory as the cross-entropy takes: several buffers of so many fewer rows.
+            for start in range(0, num_rows, teacher_rows := max(1, chunk_tokens // BUFFERS)):
+                stop = min(start + teacher_rows, num_rows)
+                taught = distillation.teacher.distribution(
                     slice(start, stop), temperature=distillation.objective.temperature, dtype=factors_N.dtype
                 )
                 for group in distilled:
@@ -379,7 +380,7 @@ class _ChunkedLoss(torch.autograd.Function):
                         continue
                     values = _distilled(
                         targets_NM[ahead, rows],
-                        teacher_log_CV[rows.start + ahead - start :],
+                        taught[rows.start + ahead - start : rows.stop + ahead - start],
                         distillation.objective,
                         **arguments(group, rows),
                     )
@@ -456,7 +457,7 @@ def _chunk(
 
 def _distilled(
     targets_C: Tensor,
-    teacher_log_CV: Tensor,
+    taught: Distribution,
     objective: TrainingObjective,
     *,
     hidden: Sequence[Tensor],
@@ -472,7 +473,7 @@ def _distilled(
     return distilled_chunk(
         targets_C,
         chunk,
-        teacher_log_CV[: targets_C.shape[0]],
+        taught,
         objective=objective,
         grad_hidden=grad_hidden,
         grad_weights=grad_weights,
