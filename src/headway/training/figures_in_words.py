@@ -12,7 +12,7 @@ from headway.training.data_mix import SourceShare
 def describe_figures(values: Mapping[str, Any]) -> str:
     """Figures of an evaluation as one line.
 
-    >>> describe_figures({"nats": [1.25, 2.0], "walk_acceptance_length": 1.75})
+    >>> describe_figures({"nats": [1.25, 2.0], "walk_acceptance_length": 1.75, "walk_acceptance_rate": []})
     'nats 1.250 2.000; walk_acceptance_length 1.750'
     """
     return "; ".join(f"{name} {_numbers(value)}" for name, value in values.items() if _is_figure(value))
@@ -67,7 +67,7 @@ def weights(values: Sequence[float]) -> str | None:
 
 def _is_figure(value: Any) -> bool:
     items = value if isinstance(value, list | tuple) else [value]
-    return all(item is None or isinstance(item, int | float) for item in items)
+    return len(items) > 0 and all(item is None or isinstance(item, int | float) for item in items)
 
 
 def _numbers(value: Any) -> str:
