@@ -61,6 +61,7 @@ class Screen:
         logged = standing.logged
         _add(table, "loss", standing.step.loss_per_offset, nats)
         if logged is not None:
+            _add(table, "objective", logged.objective_per_offset, nats)
             _add(table, "accuracy", logged.accuracy_per_offset, percent)
             if logged.offset_weights is not None and any(weight != 1 for weight in logged.offset_weights):
                 _add(table, "weight in the loss", logged.offset_weights, lambda weight: f"{weight:.3g}")

@@ -26,6 +26,7 @@ _NOT_COMPARED = (
     "keep_checkpoints",
     "keep_best",
     "loader_workers",
+    "threads",
 )
 _SAME_TEXT = (
     "data",
