@@ -549,7 +549,8 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """Generate as `base.generate` would, with several tokens per forward.
 
-        The signature is Hugging Face's; `num_draft_tokens` (0..n-1, default n-1) limits the draft, 0 decodes plainly.
+        The signature is Hugging Face's; `num_draft_tokens` (0..n-1, default n-1) limits the draft, 0 decodes plainly;
+        further options (trees, copied drafts, seeds, acceptance) are in `headway.decoding.options.DecodingOptions`.
         Greedy output equals plain greedy output token for token. See `headway.decoding.engine`.
 
         Raises:
