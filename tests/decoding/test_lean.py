@@ -7,39 +7,51 @@ from typing import Any
 import pytest
 import torch
 
-from decoding_cases import ragged_batch
+from decoding_cases import base_continuation, near_ties, new_tokens, ragged_batch
 from head_cases import ARCHITECTURES, head_model
 from headway.decoding.executor import EagerExecutor
+from headway.decoding.lean import few_rows
 from headway.decoding.lean.admission import largest_gap, lean_model, why_not_lean
-from headway.decoding.lean.linear import FusedLinear, can_pack
+from headway.decoding.lean.executor import LeanExecutor
+from headway.decoding.lean.few_rows import kernel_for
+from headway.decoding.lean.linear import FusedLinear, fastest_way
 from headway.decoding.lean.model import LeanModel
 from headway.decoding.prompts import align_prompts
 from tiny_models import FAMILIES, VOCABULARY, random_tokens, tiny_model
 
 LEAN = [name for name in FAMILIES if name.split("-")[0] in ("llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3")]
 
+WAYS = ["plain", "packed", "kernel"]
 
-def steps(model: Any, *, drafts: int = 3, lengths: tuple[int, ...] = (9, 5), blocks: int = 4) -> list[torch.Tensor]:
+
+def available(way: str) -> bool:
+    """Whether this machine has such products."""
+    return way != "kernel" or kernel_for(torch.zeros(1, 1)) is not None
+
+
+def steps(
+    model: Any, *, drafts: int = 3, lengths: tuple[int, ...] = (9, 5), blocks: int = 4, executor: Any = EagerExecutor
+) -> list[torch.Tensor]:
     """Everything that an executor gives in a prefill and some blocks whose rows advance by different amounts."""
     batch = ragged_batch(lengths, "lr"[: len(lengths)])
     prompts = align_prompts(batch.input_ids, batch.attention_mask, vocabulary=VOCABULARY)
-    executor = EagerExecutor(model, prompts, max_new_tokens=16, num_draft_tokens=drafts)
+    run = executor(model, prompts, max_new_tokens=16, num_draft_tokens=drafts)
     found = []
     with torch.inference_mode():
-        states = executor.prefill(num_offsets=drafts + 1)
+        states = run.prefill(num_offsets=drafts + 1)
         positions, places = list(prompts.lengths), [0] * len(lengths)
         for index in range(blocks):
-            logits = executor.logits(states.last_hidden_BTD)
+            logits = run.logits(states.last_hidden_BTD)
             last_B = random_tokens(len(lengths), seed=index)
             found += [logits, *states.future_hidden]
-            found.append(executor.draft(states, places, last_B=last_B, count=drafts).double())
+            found.append(run.draft(states, places, last_B=last_B, count=drafts).double())
             block = torch.cat(
                 (last_B[:, None], random_tokens(len(lengths) * drafts, seed=50 + index).view(-1, drafts)), 1
             )
-            states = executor.block(block, positions, num_offsets=drafts + 1)
+            states = run.block(block, positions, num_offsets=drafts + 1)
             places = [(index + row) % (drafts + 1) for row in range(len(lengths))]
             positions = [position + place + 1 for position, place in zip(positions, places, strict=True)]
-    found += [layer.keys for layer in executor.cache.layers]
+    found += [layer.keys for layer in run.cache.layers]
     return found
 
 
@@ -49,11 +61,13 @@ def gap(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(left, right, strict=True))
 
 
-@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("family", LEAN)
-def test_every_family_gives_what_its_own_layers_give(family: str, pack: bool):
+def test_every_family_gives_what_its_own_layers_give(family: str, way: str):
+    if not available(way):
+        pytest.skip("no C++ compiler for the kernel")
     model = tiny_model(family, num_future_tokens=4)
-    assert gap(steps(model), steps(LeanModel(model, pack=pack))) < 2e-5
+    assert gap(steps(model), steps(LeanModel(model, way=way))) < 2e-5
 
 
 @pytest.mark.parametrize("family", ["llama-gqa-tied", "olmo2", "qwen3"])
@@ -110,13 +124,93 @@ def test_changed_weights_are_read_again():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 3, 4, 17])
-def test_fused_products_are_the_single_ones_side_by_side(dtype: torch.dtype, rows: int):
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("inputs", "rows"), [(64, 1), (64, 16), (50, 3), (96, 17), (33, 5)])
+def test_fused_products_are_the_single_ones_side_by_side(dtype: torch.dtype, way: str, inputs: int, rows: int):
+    if not available(way):
+        pytest.skip("no C++ compiler for the kernel")
     torch.manual_seed(0)
-    linears = [torch.nn.Linear(48, outputs, bias=True).to(dtype) for outputs in (32, 16, 16)]
-    assert can_pack(linears[0].weight)
-    x = torch.randn(1, rows, 48, dtype=dtype)
+    linears = [torch.nn.Linear(inputs, outputs, bias=outputs != 65).to(dtype) for outputs in (65, 32, 3)]
+    if way != "kernel":
+        linears = linears[1:]  # bias everywhere or nowhere
+    x = torch.randn(1, rows, inputs, dtype=dtype)
     with torch.inference_mode():
         expected = torch.cat([linear(x) for linear in linears], dim=-1)
-        found = FusedLinear(linears, pack=True)(x)
+        found = FusedLinear(linears, way=way)(x)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.skipif(not available("kernel"), reason="no C++ compiler for the kernel")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("inputs", [64, 70, 1376])
+def test_a_row_of_the_kernel_is_the_same_bits_whatever_stands_beside_it(dtype: torch.dtype, inputs: int):
+    torch.manual_seed(0)
+    fused = FusedLinear([torch.nn.Linear(inputs, 130, bias=False).to(dtype)], way="kernel")
+    x = torch.randn(16, inputs, dtype=dtype)
+    alone = torch.cat([fused(row[None]) for row in x])
+    assert all(torch.equal(fused(x[:rows]), alone[:rows]) for rows in range(1, 17))
+
+
+def test_without_a_compiler_other_products_are_used(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(few_rows, "_compiler", lambda: None)
+    few_rows._library.cache_clear()
+    try:
+        assert fastest_way(torch.zeros(1, 1)) == "packed"
+        assert fastest_way(torch.zeros(1, 1, dtype=torch.float64)) == "plain"
+        with pytest.raises(ValueError, match="no 'kernel' products"):
+            FusedLinear([torch.nn.Linear(4, 4)], way="kernel")
+    finally:
+        few_rows._library.cache_clear()
+
+
+def test_a_compiler_that_fails_is_said_and_done_without(monkeypatch: pytest.MonkeyPatch, tmp_path, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(few_rows, "FLAGS", ("-this-is-no-flag",))
+    few_rows._library.cache_clear()
+    try:
+        if few_rows._compiler() is None:
+            pytest.skip("no C++ compiler")
+        assert kernel_for(torch.zeros(1, 1)) is None
+        assert "cannot be compiled, other products are used" in caplog.text
+        assert not list(tmp_path.rglob("*.so"))
+    finally:
+        few_rows._library.cache_clear()
+
+
+@pytest.mark.parametrize("architecture", ["transformer", "linear", "medusa", "sequential", "hydra", "causal"])
+def test_generate_on_lean_layers_gives_the_tokens_of_plain_decoding(architecture: str):
+    model = head_model(architecture)
+    batch = ragged_batch((9, 5, 12), "lrl")
+    options = {"attention_mask": batch.attention_mask, "max_new_tokens": 24, "return_dict_in_generate": True}
+    lean = model.generate(batch.input_ids, executor="lean", **options)
+    assert lean.note is None
+    found = new_tokens(lean, batch.input_ids.shape[1])
+    expected = [base_continuation(model, row, 24) for row in batch.rows()]
+    ties = near_ties(model, batch.rows(), found, expected)
+    assert ties <= 1
+    assert sum(a == b for a, b in zip(found, expected, strict=True)) >= 2
+
+
+def test_trees_and_sampling_run_on_lean_layers():
+    model = head_model("transformer")
+    ids = random_tokens(7)[None]
+    options = {"max_new_tokens": 20, "attention_mask": torch.ones_like(ids)}
+    for request in ({"tree": 6}, {"do_sample": True, "seed": 3, "top_k": 5}, {"drafts": "lookup"}):
+        eager = model.generate(ids, **options, **request)
+        assert torch.equal(model.generate(ids, executor="lean", **options, **request), eager)
+
+
+def test_a_model_without_a_lean_form_says_so_and_runs():
+    model = tiny_model("gpt2", num_future_tokens=3)
+    ids = random_tokens(7)[None]
+    options = {"max_new_tokens": 9, "attention_mask": torch.ones_like(ids), "return_dict_in_generate": True}
+    result = model.generate(ids, executor="lean", **options)
+    assert "no lean executor: the lean block is written for" in result.note
+    assert torch.equal(result.sequences, model.generate(ids, **options).sequences)
+
+
+@pytest.mark.skipif(not available("kernel"), reason="no C++ compiler for the kernel")
+def test_one_reading_of_the_unembedding_gives_what_two_give():
+    model = head_model("transformer")
+    lean = LeanModel(model)
+    assert gap(steps(lean, executor=LeanExecutor), steps(lean)) < 1e-5

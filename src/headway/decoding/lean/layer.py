@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headway.decoding.lean.linear import FusedLinear, can_pack
+from headway.decoding.lean.linear import FusedLinear, Way, fastest_way
 from headway.functional.rotary import rotate
 
 
@@ -67,13 +67,13 @@ class LeanLayer:
         num_bytes: of the copies made for it.
     """
 
-    def __init__(self, layer: Any, *, window: int | None, pack: bool | None = None) -> None:
+    def __init__(self, layer: Any, *, window: int | None, way: Way | None = None) -> None:
         """Read a layer of an admitted family (`headway.decoding.lean.admission`).
 
         Args:
             layer: the family's module; its weights are not changed.
             window: tokens that a position sees, itself included; None for all.
-            pack: use packed products; None where they exist.
+            way: how products are made; None for the fastest.
         """
         attention, mlp = layer.self_attn, layer.mlp
         config = attention.config
@@ -83,13 +83,13 @@ class LeanLayer:
         self._groups = self._heads // self._kv_heads
         self._scale = float(attention.scaling)
         self._window = window
-        pack = can_pack(attention.o_proj.weight) if pack is None else pack
+        way = fastest_way(attention.o_proj.weight) if way is None else way
         qkv = (
             [attention.qkv_proj] if hasattr(attention, "qkv_proj") else _three(attention, "q_proj", "k_proj", "v_proj")
         )
         gate_up = [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
-        self._qkv, self._out = FusedLinear(qkv, pack=pack), FusedLinear([attention.o_proj], pack=pack)
-        self._gate_up, self._down = FusedLinear(gate_up, pack=pack), FusedLinear([mlp.down_proj], pack=pack)
+        self._qkv, self._out = FusedLinear(qkv, way=way), FusedLinear([attention.o_proj], way=way)
+        self._gate_up, self._down = FusedLinear(gate_up, way=way), FusedLinear([mlp.down_proj], way=way)
         self.num_bytes = sum(map(_bytes, (self._qkv, self._out, self._gate_up, self._down)))
         self._act: Callable[[Tensor], Tensor] = getattr(mlp, "act_fn", None) or mlp.activation_fn
         self._post_norm = not hasattr(layer, "input_layernorm")

@@ -1,20 +1,28 @@
-"""Linear maps for decoding: several matrices that read the same input as one, packed for the processor where that pays.
+"""Linear maps for decoding: several matrices that read the same input as one, each product in the way that reads fastest.
 
 Legend: R rows of the input, D inputs, O outputs.
 
 A step of decoding multiplies few rows by all weights of a model, so its time is the time of reading them. On a CPU the plain
-float32 product loses half of the memory's bandwidth from four rows on and the plain bfloat16 one loses it always; oneDNN's
-packed layout does not (`docs/decisions/0012-lean-executor.md` has the figures). The packed copy lies beside the weights, which
-stay as they are.
+float32 product loses half of the memory's bandwidth from four rows on and the plain bfloat16 one loses it always
+(`docs/decisions/0012-lean-executor.md` has the figures). Three ways, chosen by `way`:
+
+- "kernel": up to 16 rows by our C++ kernel on the weights as they lie (`few_rows`), more by the plain product;
+- "packed": oneDNN's packed layout, a second copy of the weights; float32 up to three rows by the plain product;
+- "plain": the plain product on the matrices, put together where there are several.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from headway.decoding.lean.few_rows import MOST_ROWS, kernel_for
+
+Way = Literal["kernel", "packed", "plain"]
 
 _PACKING_ROWS = 16
 """oneDNN chooses the layout for so many rows; results of 2 to 16 rows are then equal bit for bit up to K of about 1024."""
@@ -27,40 +35,79 @@ class FusedLinear:
     """y = [x W_1^T + b_1, x W_2^T + b_2, ...], without gradients.
 
     Attributes:
-        packed: whether products go through oneDNN's layout.
-        num_bytes: of the copy made here; 0 where the weights are used as they are.
+        way: how products are made.
+        num_bytes: of the copies of weights made here.
     """
 
-    def __init__(self, linears: Sequence[nn.Linear], *, pack: bool) -> None:
+    def __init__(self, linears: Sequence[nn.Linear], *, way: Way) -> None:
         """Fuse maps of the same input.
 
         Args:
             linears: in the order of their outputs.
-            pack: use the packed layout (`can_pack` says where it exists).
+            way: see `fastest_way`.
+
+        Raises:
+            ValueError: a way that does not exist for these matrices.
         """
-        self.packed = pack
+        self.way = way
         self._parts = [(linear.weight.detach(), _detached(linear.bias)) for linear in linears]
-        weights = [weight_OD for weight_OD, _ in self._parts]
-        biases = [bias_O for _, bias_O in self._parts]
-        single = len(linears) == 1
-        weight_OD = weights[0] if single else torch.cat(weights)
-        self._bias_O = biases[0] if single or biases[0] is None else torch.cat([b for b in biases if b is not None])
-        self._few_rows = _FEW_ROWS if pack and weight_OD.dtype == torch.float32 else 0
-        self._weight: Tensor = (
-            torch.ops.mkldnn._reorder_linear_weight(weight_OD.contiguous(), _PACKING_ROWS) if pack else weight_OD
-        )
-        self.num_bytes = weight_OD.numel() * weight_OD.element_size() if pack or not single else 0
+        first_OD = self._parts[0][0]
+        self._kernel = kernel_for(first_OD) if way == "kernel" else None
+        if (way == "kernel" and self._kernel is None) or (way == "packed" and not can_pack(first_OD)):
+            raise ValueError(f"no {way!r} products of {first_OD.dtype} on {first_OD.device}")
+        self._outputs = sum(weight_OD.shape[0] for weight_OD, _ in self._parts)
+        self._weight: Tensor | None = None
+        self._bias_O = self._parts[0][1]
+        self.num_bytes = 0
+        if way == "kernel":
+            self._parts = [(weight_OD.contiguous(), bias_O) for weight_OD, bias_O in self._parts]
+            return
+        biases = [bias_O for _, bias_O in self._parts if bias_O is not None]
+        self._bias_O = torch.cat(biases) if biases else None
+        single = len(self._parts) == 1
+        weight_OD = first_OD if single else torch.cat([weight_OD for weight_OD, _ in self._parts])
+        self._few_rows = _FEW_ROWS if weight_OD.dtype == torch.float32 else 0
+        self._weight = weight_OD
+        if way == "packed":
+            self._weight = torch.ops.mkldnn._reorder_linear_weight(weight_OD.contiguous(), _PACKING_ROWS)
+        if way == "packed" or not single:
+            self.num_bytes = weight_OD.numel() * weight_OD.element_size()
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., O]."""
-        if not self.packed:
+        rows = x.numel() // x.shape[-1]
+        if self.way == "kernel":
+            return self._by_kernel(x) if rows <= MOST_ROWS else self._one_by_one(x)
+        if self.way == "plain":
+            assert self._weight is not None
             return F.linear(x, self._weight, self._bias_O)
-        if x.numel() <= self._few_rows * x.shape[-1]:
-            if len(self._parts) == 1:
-                return F.linear(x, *self._parts[0])
-            return torch.cat([F.linear(x, weight_OD, bias_O) for weight_OD, bias_O in self._parts], dim=-1)
+        if rows <= self._few_rows:
+            return self._one_by_one(x)
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias_O, "none", [], "")
         return product
+
+    def _one_by_one(self, x: Tensor) -> Tensor:
+        if len(self._parts) == 1:
+            return F.linear(x, *self._parts[0])
+        return torch.cat([F.linear(x, weight_OD, bias_O) for weight_OD, bias_O in self._parts], dim=-1)
+
+    def _by_kernel(self, x: Tensor) -> Tensor:
+        assert self._kernel is not None
+        x_RD = x.reshape(-1, x.shape[-1]).contiguous()
+        out_RO = x.new_empty(x_RD.shape[0], self._outputs)
+        begin = 0
+        for weight_OD, bias_O in self._parts:
+            end = begin + weight_OD.shape[0]
+            self._kernel(x_RD, weight_OD, bias_O, out_RO[:, begin:end])
+            begin = end
+        return out_RO.view(*x.shape[:-1], self._outputs)
+
+
+def fastest_way(weight: Tensor) -> Way:
+    """How products with such a matrix are made fastest on this machine."""
+    if kernel_for(weight) is not None:
+        return "kernel"
+    return "packed" if can_pack(weight) else "plain"
 
 
 def can_pack(weight: Tensor) -> bool:

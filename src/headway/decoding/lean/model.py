@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from headway.decoding.cache import attention_windows
 from headway.decoding.lean.layer import LeanLayer, LeanPass, RMSNorm
-from headway.decoding.lean.linear import FusedLinear, can_pack
+from headway.decoding.lean.linear import FusedLinear, Way, fastest_way
 from headway.functional.rotary import signed_sine
 from headway.heads.base import HeadInputs, LayerCall, Reading
 from headway.model.output import OffsetHiddenStates
@@ -53,16 +53,17 @@ class LeanModel:
     Attributes:
         config: the base's.
         heads: the model's own.
+        way: how products are made.
         num_bytes: of the copies of weights.
         versions: of the weights when they were read.
     """
 
-    def __init__(self, model: Any, *, pack: bool | None = None) -> None:
+    def __init__(self, model: Any, *, way: Way | None = None) -> None:
         """Read the weights of a `MultiTokenLM` of an admitted family.
 
         Args:
             model: in eval behaviour during every call.
-            pack: use packed products; None where they exist.
+            way: how products are made; None for the fastest.
         """
         self._model = model
         self.config = model.config
@@ -71,17 +72,18 @@ class LeanModel:
         base_layers, head_layers = list(model.family.layers), list(model.heads.decoder_layers)
         windows = attention_windows(model.config, num_heads=0)
         self._base = [
-            LeanLayer(layer, window=window, pack=pack) for layer, window in zip(base_layers, windows, strict=True)
+            LeanLayer(layer, window=window, way=way) for layer, window in zip(base_layers, windows, strict=True)
         ]
-        heads = [LeanLayer(layer, window=windows[-1], pack=pack) for layer in head_layers]
+        heads = [LeanLayer(layer, window=windows[-1], way=way) for layer in head_layers]
         self._lean = dict(zip(map(id, [*base_layers, *head_layers]), [*self._base, *heads], strict=True))
         self._windows = set(windows)
         self._norm = RMSNorm(model.family.norm)
         unembedding = model.family.lm_head
-        pack = can_pack(unembedding.weight) if pack is None else pack
-        self._unembedding = FusedLinear([unembedding], pack=pack)
+        way = fastest_way(unembedding.weight) if way is None else way
+        self.way: Way = way
+        self._unembedding = FusedLinear([unembedding], way=way)
         own = [model.heads.unembedding(offset) for offset in range(2, model.num_future_tokens + 1)]
-        self._own = [None if linear is None else FusedLinear([linear], pack=pack) for linear in own]
+        self._own = [None if linear is None else FusedLinear([linear], way=way) for linear in own]
         self.num_bytes = (
             sum(layer.num_bytes for layer in self._lean.values())
             + self._unembedding.num_bytes
