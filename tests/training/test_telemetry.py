@@ -7,16 +7,19 @@ import pytest
 import torch
 
 from headway.data.mixture import Mixture, MixturePart
+from headway.data.tokenizers import load_tokenizer
 from headway.errors import ConfigError
 from headway.heads.options import HeadArchitecture
 from headway.model.config import MultiTokenConfig
 from headway.model.multi_token_lm import MultiTokenLM
 from headway.model.sizes import PAPER_SIZES, feed_forward_width, paper_config
+from headway.training import telemetry as telemetry_module
 from headway.training.data_mix import DataMix
 from headway.training.flops import mean_context, training_flops_per_token
 from headway.training.loop import train
+from headway.training.model_building import base_config
 from headway.training.peak import measured_peak, peak_by_name, peak_flops_per_second
-from headway.training.telemetry import resident_bytes
+from headway.training.telemetry import Telemetry, resident_bytes
 from small_runs import lines, write_corpus
 
 
@@ -103,6 +106,34 @@ def test_a_cpu_has_no_peak_unless_it_is_given_or_measured():
 def test_a_peak_that_is_none_is_refused(make_config, text):
     with pytest.raises(ConfigError, match="mfu_peak takes auto, measure, or the peak"):
         make_config(mfu_peak=text)
+
+
+def test_on_gpus_the_peak_is_that_of_all_of_them_and_memory_that_of_the_own_one(make_config, monkeypatch):
+    config = make_config(precision="bfloat16")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 123 * device.index)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 8)
+    shape = base_config(config, load_tokenizer("bytes"))
+    telemetry = Telemetry(config, shape, rows=FixedRows(9), device=torch.device("cuda", 3))
+    assert telemetry.peak_flops_per_second == pytest.approx(8 * 989.4e12)
+    cost = telemetry.cost(tokens=1000, rows=5, tokens_per_second=2e6)
+    assert cost.gpu_peak_bytes == 369
+    assert cost.mfu == pytest.approx(2e6 * telemetry.flops_per_token / (8 * 989.4e12))
+    assert cost.flops == 1000 * telemetry.flops_per_token
+
+
+def test_a_model_that_cannot_be_counted_has_neither_operations_nor_mfu(make_config, monkeypatch):
+    config = make_config(mfu_peak="3", hidden_size=40)
+
+    def reads_values(model, **options):
+        raise RuntimeError("cannot look at a value")
+
+    monkeypatch.setattr(telemetry_module, "training_flops_per_token", reads_values)
+    shape = base_config(config, load_tokenizer("bytes"))
+    telemetry = Telemetry(config, shape, rows=FixedRows(9), device=torch.device("cpu"))
+    cost = telemetry.cost(tokens=1000, rows=5, tokens_per_second=2e6)
+    assert (cost.flops, cost.mfu, telemetry.flops(7)) == (None, None, None)
 
 
 class FixedRows:
