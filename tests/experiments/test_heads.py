@@ -76,7 +76,7 @@ def test_one_command_trains_decodes_and_measures_every_variant(outcome):
         assert row["bytes_drafted"] > row["bytes_plain"] or not heads
         assert row["training_tokens_per_second"] > 0
         assert row["decoding"]["plain"]["tokens_per_second"] > 0
-        assert set(row["untrained_nats"]) == ({"copy", "fresh"} if heads else set())
+        assert set(row["untrained_nats"]) == ({"start", "copy"} if heads else set())
     assert document["variants"][1]["cached_head_layers"] == 2
     assert document["variants"][2]["untrained_acceptance_length"]["copy"]["mean"] is None
     assert [row["reads_tokens"] for row in document["variants"]] == [False, False, False, True]
@@ -183,7 +183,7 @@ def figures(nats, *, copies, drawn, length=1.5, identical=8, ties=0, right=True)
     walk = {"mean_acceptance_length": length, "acceptance_rate": [0.5]}
     untrained = {
         kind: {"nats": values, "walk": walk, "first_block": {"mean_acceptance_length": 1.1}}
-        for kind, values in (("copy", copies), ("fresh", drawn))
+        for kind, values in (("copy", copies), ("start", drawn))
     }
     return {
         "parameters": 100,

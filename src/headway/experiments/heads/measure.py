@@ -21,16 +21,17 @@ from headway.evaluation.head_caches import check_head_caches
 from headway.evaluation.likelihood import evaluate_likelihood
 from headway.evaluation.step_bytes import bytes_per_step
 from headway.experiments.heads.options import HeadsScale
-from headway.heads.options import HeadInit
+from headway.experiments.heads.start import weights_before_training
 from headway.model.multi_token_lm import MultiTokenLM
+from headway.training.config import TrainConfig
 from headway.training.rng import preserved_rng, seed_everything
 
 _ROWS_PER_FORWARD = 16
 _CACHE_LIMIT = 1e-4
 """Largest relative difference of a right cache in float64: the norms of the families compute in float32."""
 
-UNTRAINED: tuple[HeadInit, ...] = ("copy", "fresh")
-"""Controls on the same trained base: heads that start as copies of it, and heads that are drawn."""
+UNTRAINED = ("start", "copy")
+"""Controls on the same trained base: the heads' own weights before the first step, and copies of the base's weights."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,12 @@ class HeldOut:
         )
 
 
-def measure_model(folder: Path, held_out: HeldOut, scale: HeadsScale) -> dict[str, Any]:
+def measure_model(folder: Path, config: TrainConfig, held_out: HeldOut, scale: HeadsScale) -> dict[str, Any]:
     """Every figure of one trained model that does not depend on the load of the machine, JSON-ready.
 
     Args:
         folder: the model.
+        config: of the run that trained it.
         held_out: the text.
         scale: how much of everything.
     """
@@ -89,7 +91,7 @@ def measure_model(folder: Path, held_out: HeldOut, scale: HeadsScale) -> dict[st
         },
     }
     if drafts:
-        figures["untrained_heads"] = {init: _untrained(folder, init, held_out) for init in UNTRAINED}
+        figures["untrained_heads"] = {kind: _untrained(folder, config, kind, held_out) for kind in UNTRAINED}
     check = check_head_caches(model.double(), held_out.prompts_BT, blocks=scale.cache_blocks)
     figures["caches"] = check.to_json() | {"right": check.relative < _CACHE_LIMIT}
     return figures
@@ -115,16 +117,21 @@ def _quality(model: MultiTokenLM, held_out: HeldOut, *, acceptance: bool) -> dic
     return figures
 
 
-def _untrained(folder: Path, init: HeadInit, held_out: HeldOut) -> dict[str, Any]:
+def _untrained(folder: Path, config: TrainConfig, kind: str, held_out: HeldOut) -> dict[str, Any]:
     """The trained base with heads of the same architecture that were never trained."""
-    trained = MultiTokenLM.from_pretrained(folder)
-    config = replace(trained.mtp_config, head_init=init, allow_base_change=trained.mtp_config.changes_base)
-    with preserved_rng():
-        seed_everything(0)
-        model = MultiTokenLM(trained.base, config).eval()
+    model = MultiTokenLM.from_pretrained(folder)
+    changes_base = model.mtp_config.changes_base
+    if kind == "start":
+        model.heads.load_state_dict(weights_before_training(config).heads.state_dict())
+    else:
+        with preserved_rng():
+            seed_everything(config.seed)  # what an architecture does not copy is drawn
+            model = MultiTokenLM(
+                model.base, replace(model.mtp_config, head_init="copy", allow_base_change=changes_base)
+            )
     # Where heads are part of the next-token path, untrained ones break the next token too: a model that predicts one
     # token everywhere agrees with itself, and its acceptance means nothing.
-    return _quality(model, held_out, acceptance=not config.changes_base)
+    return _quality(model.eval(), held_out, acceptance=not changes_base)
 
 
 def _lossless(model: MultiTokenLM, prompts_BT: Tensor, *, new_tokens: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from headway.experiments.heads.measure import UNTRAINED
 from headway.experiments.heads.result import HeadsResult, Spread
 
 _COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ec4899", "#8b5cf6", "#ef4444", "#14b8a6", "#a3a3a3")
@@ -51,10 +52,10 @@ def report_page(result: HeadsResult) -> str:
         _drawing("loss.svg", "Held-out loss of every offset"),
         _drawing("acceptance.svg", "Loop-free tokens per forward"),
         "## Against untrained heads",
-        "The same trained base with heads of the same architecture that were never trained: copies of the base's own "
-        "weights, and heads drawn at random. Margin: nats by which the trained heads beat the better of both, at the "
-        "offset and seed where they do least. Where the heads are part of the next-token path, untrained ones break the "
-        "next token too, and there is no acceptance to compare with.",
+        "The same trained base with heads of the same architecture that were never trained: with their own weights from "
+        "before the first step, and with copies of the base's weights. Margin: nats by which the trained heads beat the "
+        "better of both, at the offset and seed where they do least. Where the heads are part of the next-token path, "
+        "untrained ones break the next token too, and there is no acceptance to compare with.",
         _table(*_controls(result)),
         "## What they cost",
         f"Bytes read by one step at batch 1, float32, {result.settings['evaluation']['context_tokens']} tokens of context: "
@@ -123,7 +124,7 @@ def _controls(result: HeadsResult) -> Table:
         if not variant.untrained_nats:
             continue
         cells = []
-        for kind in ("copy", "fresh"):
+        for kind in UNTRAINED:
             last = variant.untrained_nats[kind][-1]
             cells += [_number(last.mean, 2), _number(variant.untrained_acceptance_length[kind].mean, 3)]
         rows.append(
@@ -139,10 +140,10 @@ def _controls(result: HeadsResult) -> Table:
         "heads",
         "nats of the last offset",
         "tokens per forward",
+        "before the first step: nats",
+        "tokens per forward",
         "copies: nats",
-        "copies: tokens per forward",
-        "drawn: nats",
-        "drawn: tokens per forward",
+        "tokens per forward",
         "margin",
     )
     return columns, rows
@@ -218,7 +219,7 @@ def acceptance_figure(result: HeadsResult) -> str:
     """Loop-free tokens per forward, trained and untrained heads, a dot per seed."""
     with_heads = [(row, variant) for row, variant in enumerate(result.variants) if variant.acceptance_rate]
     series = {"trained": [(row, variant.acceptance_length.values) for row, variant in with_heads]}
-    for kind, name in (("copy", "untrained copies"), ("fresh", "drawn at random")):
+    for kind, name in (("start", "before the first step"), ("copy", "untrained copies")):
         series[name] = [
             (row, variant.untrained_acceptance_length[kind].values)
             for row, variant in with_heads

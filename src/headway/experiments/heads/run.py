@@ -122,7 +122,7 @@ def _one_run(
         say(f"{variant.name}, seed {seed}: training")
         train(options.training_config(variant, seed), on_event=on_event)
     with _stopwatch() as seconds:
-        figures = measure_model(folder / MODEL, held_out, options.scale)
+        figures = measure_model(folder / MODEL, options.training_config(variant, seed), held_out, options.scale)
     trained = _read(folder / RESULT)
     figures |= {
         "evaluation": options.evaluation_settings(),

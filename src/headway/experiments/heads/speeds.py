@@ -17,15 +17,12 @@ from torch import Tensor
 
 from headway.data.loader import PackedLoader
 from headway.data.packing import Rows
-from headway.data.tokenizers import load_tokenizer
 from headway.evaluation.repetition import distinct_ngrams
 from headway.evaluation.speed import Decoded, InterleavedRounds, time_interleaved
+from headway.experiments.heads.start import weights_before_training
 from headway.model.multi_token_lm import MultiTokenLM
 from headway.training.config import TrainConfig
-from headway.training.model_building import base_config
 from headway.training.optimizers import TrainingOptimizer
-from headway.training.rng import preserved_rng, seed_everything
-from headway.training.starting_model import starting_model
 from headway.training.step import optimizer_step
 
 _WARM_UP_STEPS = 2
@@ -55,9 +52,7 @@ def training_speeds(configs: Mapping[str, TrainConfig], rows: Rows, *, repeats: 
 
 
 def _stepper(config: TrainConfig, rows: Rows) -> Callable[[], None]:
-    with preserved_rng():
-        seed_everything(config.seed)
-        model = starting_model(config, base_config(config, load_tokenizer(config.tokenizer_name))).train()
+    model = weights_before_training(config).train()
     optimizer = TrainingOptimizer(model, config)
     optimizer.set_learning_rate_factor(0.01)
     batch = PackedLoader(rows, batch_size=config.rows_per_step).batch(0)
