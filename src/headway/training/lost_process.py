@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -30,11 +31,18 @@ def lost_process_explained(processes: Processes, doing: Callable[[], str]) -> It
     except RuntimeError as error:
         if isinstance(error, HeadwayError) or not processes.several or not _is_broken_connection(error):
             raise
-        first_line = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise TrainingError(
-            f"lost another of the {processes.count} processes in {doing()} ({first_line.strip()[-160:]}); its own message or "
-            f"the launcher's says why: start the same command again, it goes on from the last checkpoint"
+            f"lost another of the {processes.count} processes in {doing()} ({_reason(error)}); its own message or the "
+            f"launcher's says why: start the same command again, it goes on from the last checkpoint"
         ) from error
+
+
+def _reason(error: RuntimeError) -> str:
+    # The rest of such a message is about sockets, ranks of helper groups and where to report bugs.
+    known = re.search(
+        r"connection [a-z]+ by peer|connection refused|broken pipe|timed out|timeout", str(error), re.IGNORECASE
+    )
+    return known[0].lower() if known else (str(error).strip() or type(error).__name__).splitlines()[0][:120]
 
 
 def _is_broken_connection(error: RuntimeError) -> bool:
