@@ -151,10 +151,10 @@ def test_a_run_goes_on_with_other_processes_where_it_stopped(runs, name):
 
 def test_other_numbers_of_processes_keep_the_rows_of_a_step_and_say_so(runs):
     said = (runs / "fsdp-then-one.txt").read_text(encoding="utf-8")
-    assert "1 processes go on where 2 stopped: each accumulates 2 micro-batches instead of 1" in said
+    assert "this run had 2 processes and now has 1: gradient_accumulation_steps is 2 instead of 1" in said
     told = heard(runs, "one-then-fsdp")[0]["heard"]
     assert any(
-        "each accumulates 1 micro-batches instead of 2, so that a step keeps its 4 rows" in text for text in told
+        "gradient_accumulation_steps is 1 instead of 2, so that a step keeps its 4 rows" in text for text in told
     )
     assert (
         "4 rows, which 2 processes cannot share in micro-batches of batch_size=4"

@@ -86,8 +86,8 @@ def resumed_shape(
         )
     kept = StepShape(config.batch_size, rows // (config.batch_size * processes), processes, config.sequence_length)
     return kept, (
-        f"{processes} processes go on where {saved_step['processes']} stopped: each accumulates {kept.micro_batches} "
-        f"micro-batches instead of {saved_step['micro_batches']}, so that a step keeps its {rows} rows"
+        f"this run had {saved_step['processes']} processes and now has {processes}: gradient_accumulation_steps is "
+        f"{kept.micro_batches} instead of {saved_step['micro_batches']}, so that a step keeps its {rows} rows"
     )
 
 
