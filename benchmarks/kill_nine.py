@@ -242,10 +242,10 @@ def differences(wanted: Path, got: Path) -> list[str]:
 
 def board_steps(output: Path) -> list[int]:
     """Steps that TensorBoard shows for the loss."""
-    from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
+    from tensorboard.backend.event_processing.event_accumulator import (
         EventAccumulator,
     )
-    from tensorboard.util.tb_logging import get_logger  # type: ignore[import-untyped]
+    from tensorboard.util.tb_logging import get_logger
 
     get_logger().setLevel("ERROR")  # it tells of every resume that it finds
 
