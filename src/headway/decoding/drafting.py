@@ -1,4 +1,4 @@
-"""What the next block holds: the heads' most likely tokens, drawn ones, candidate trees, copied text.
+"""What the next block holds: likely or drawn tokens, candidate trees, copies.
 
 Legend: B rows, M positions of a block, R nodes of a tree, K drafted tokens of the longest path, V vocabulary.
 """

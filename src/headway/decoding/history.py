@@ -1,4 +1,4 @@
-"""The growing ids of a batch as transformers' processors and criteria want to see them.
+"""The ids of a batch as transformers' processors and criteria want to see them.
 
 Legend: B rows, V vocabulary, L columns (prompt as given + room for new tokens).
 

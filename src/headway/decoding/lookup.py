@@ -1,4 +1,4 @@
-"""Drafts copied from the text so far: what followed its last tokens the last time they stood there.
+"""Drafts copied from the text: what followed its last tokens the last time.
 
 Source: Saxena 2023, prompt lookup decoding; Yang et al. 2023, inference with reference (arXiv:2304.04487).
 """

@@ -1,4 +1,4 @@
-"""What a caller can ask of self-speculative decoding beyond transformers' own options, and what follows from it.
+"""What a caller can ask beyond transformers' own options, and what follows.
 
 Legend: K drafted tokens of the longest path, N future tokens, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""Turning the logits of a block into tokens under processors, stopping criteria, sampling and any acceptance rule.
+"""From a block's logits to tokens, under processors, criteria and any rule.
 
 Legend: B rows, M positions of a block, V vocabulary.
 

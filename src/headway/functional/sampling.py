@@ -1,4 +1,4 @@
-"""Drawing tokens: reproducible uniform numbers, inverse distribution functions, residuals.
+"""Drawing tokens: reproducible numbers, inverse distribution functions, residuals.
 
 Legend: V vocabulary.
 

@@ -1,4 +1,4 @@
-"""Candidate trees: which continuations one forward verifies, as pure structure without tokens.
+"""Candidate trees: which continuations one forward verifies, without tokens.
 
 Legend: R nodes of a tree, its root (the last known token) included; K depth, drafted tokens of the longest path.
 
