@@ -48,7 +48,7 @@ HEAD_STARTS = ("copy", "fresh")
     "head_options",
     metavar="NAME=VALUE",
     multiple=True,
-    help="An option of these heads, such as wiring=causal or blocks_per_head=2; the guide to heads lists them.",
+    help="An option of these heads, such as wiring=causal or blocks_per_head=2 (docs/guides/convert.md).",
 )
 @click.option(
     "--head-init",
