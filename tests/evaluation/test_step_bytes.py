@@ -61,8 +61,9 @@ def test_views_are_free_and_their_use_is_not():
 )
 def test_caches_after_ragged_blocks_are_those_of_a_whole_forward(architecture):
     model = head_model(architecture, dtype=torch.float64)
-    check = check_head_caches(model, random_tokens(3, 6, seed=2), blocks=6)
+    check = check_head_caches(model, random_tokens(3, 40, seed=2), prompt_tokens=6, blocks=6)
     assert check.relative < 1e-6
+    assert 1 in check.block_lengths
     assert check.largest_value > 0.1
     assert check.head_layers == (0 if architecture == "hydra" else 3)
     # At least the prompts' and the blocks' positions of every layer, keys and values.
@@ -72,9 +73,19 @@ def test_caches_after_ragged_blocks_are_those_of_a_whole_forward(architecture):
 def test_the_check_of_caches_notices_entries_left_from_rejected_drafts(monkeypatch):
     model = head_model("sequential", dtype=torch.float64)
     monkeypatch.setattr(SequentialHeads, "lookback", lambda self, num_heads: 0)
-    assert check_head_caches(model, random_tokens(3, 6, seed=2), blocks=6).relative > 1e-2
+    assert check_head_caches(model, random_tokens(3, 40, seed=2), prompt_tokens=6, blocks=6).relative > 1e-2
 
 
-def test_a_check_without_a_block_after_the_prefill_is_refused():
+def test_the_check_follows_the_texts_and_tells_rows_apart():
+    model = head_model("transformer", dtype=torch.float64)
+    # A text of the model's own: every draft that its heads could get right is accepted.
+    own = model.generate(random_tokens(2, 6, seed=3), max_new_tokens=40, num_draft_tokens=0)
+    assert check_head_caches(model, own, prompt_tokens=6, blocks=4).relative < 1e-6
+    with pytest.raises(DecodingError, match="same prompt"):
+        check_head_caches(model, random_tokens(1, 40).repeat(2, 1), prompt_tokens=6, blocks=4)
+
+
+@pytest.mark.parametrize(("tokens", "blocks"), [(40, 1), (20, 8)])
+def test_a_check_without_a_block_after_the_prefill_or_with_too_short_a_text_is_refused(tokens, blocks):
     with pytest.raises(DecodingError, match="at least 2 blocks"):
-        check_head_caches(head_model("transformer"), random_tokens(1, 6), blocks=1)
+        check_head_caches(head_model("transformer"), random_tokens(1, tokens), prompt_tokens=6, blocks=blocks)

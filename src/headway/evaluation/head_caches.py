@@ -1,6 +1,8 @@
-"""Whether the keys and values that decoding keeps are those of one full forward over the text it wrote.
+"""Whether the keys and values that decoding keeps are those of one full forward over the same text.
 
-Equal text cannot show it: a head with a wrong cache only drafts worse.
+Equal text cannot show it: a head with a wrong cache only drafts worse. And text that a model writes by itself may not show
+it either: where a small model loops, every draft is accepted and nothing that a rejected draft left behind is ever read. So the
+decoder is made to follow a given text, whose turns its drafts do not foresee.
 
 Legend: B rows, T positions.
 """
@@ -12,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from headway.decoding.cache import RaggedCache, attention_windows
 from headway.decoding.engine import ENGINE, decoding_context
@@ -49,31 +52,57 @@ class CacheCheck:
         return cast(dict[str, Any], json_ready(self)) | {"relative": self.relative}
 
 
-def check_head_caches(model: MultiTokenLM, prompts_BT: Tensor, *, blocks: int = 10) -> CacheCheck:
-    """Decode some blocks and compare every kept key and value with a teacher-forced forward over the written text.
+class _FollowText(LogitsProcessor):  # type: ignore[misc]
+    """Makes greedy decoding choose the next token of the text that begins as what has been written does."""
 
-    Run it on a float64 copy of a model: the difference of a right cache is then that of the norms' own float32.
+    def __init__(self, texts_BT: Tensor, prompt_tokens: int) -> None:
+        self._texts = {tuple(text[:prompt_tokens]): text for text in texts_BT.tolist()}
+        self._prompt_tokens = prompt_tokens
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Leave nothing but the text's token possible."""
+        forced = torch.full_like(scores, -torch.inf)
+        for row, written in enumerate(input_ids.tolist()):
+            forced[row, self._texts[tuple(written[: self._prompt_tokens])][len(written)]] = 0.0
+        return forced
+
+
+def check_head_caches(model: MultiTokenLM, texts_BT: Tensor, *, prompt_tokens: int, blocks: int = 10) -> CacheCheck:
+    """Decode along given texts for some blocks and compare every kept key and value with a teacher-forced forward.
+
+    The decoder drafts with all heads and accepts what the text goes on with, so that rows advance unevenly and most drafts
+    are rejected. Run it on a float64 copy of a model: the difference of a right cache is then that of the norms' own
+    float32.
 
     Args:
-        model: decoded with greedily, drafting with all heads.
-        prompts_BT: prompts of equal length without padding; rows become ragged by what each accepts.
+        model: decoded with.
+        texts_BT: texts without padding, all different from the beginning on.
+        prompt_tokens: how many tokens of each are the prompt.
         blocks: forward passes, the prefill among them, at least 2.
 
     Raises:
-        DecodingError: fewer than 2 blocks.
+        DecodingError: fewer than 2 blocks, texts too short for them, or two texts with the same prompt.
     """
-    if blocks < 2:
-        raise DecodingError(f"a check of caches needs at least 2 blocks (the first is the prefill): got {blocks}")
     drafts = model.num_future_tokens - 1
     room = (blocks + 1) * (drafts + 1)
+    length = texts_BT.shape[1]
+    if blocks < 2 or prompt_tokens < 1 or length < prompt_tokens + room:
+        raise DecodingError(
+            f"a check of caches needs at least 2 blocks (the first is the prefill) and texts of prompt_tokens + {room} "
+            f"tokens for {blocks} blocks: got texts of {length} tokens, prompt_tokens={prompt_tokens}"
+        )
+    prompts_BT = texts_BT[:, :prompt_tokens]
+    if len(set(map(tuple, prompts_BT.tolist()))) < prompts_BT.shape[0]:
+        raise DecodingError("two texts begin with the same prompt, and rows are told apart by it; pass longer prompts")
     loop = ENGINE.start(
         model,
         prompts_BT,
         attention_mask=torch.ones_like(prompts_BT),
         max_new_tokens=room,
-        min_new_tokens=room,
         do_sample=False,
         num_draft_tokens=drafts,
+        logits_processor=LogitsProcessorList([_FollowText(texts_BT, prompt_tokens)]),
+        eos_token_id=-1,
     )
     with decoding_context(model):
         for _ in range(blocks):

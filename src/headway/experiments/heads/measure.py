@@ -92,7 +92,12 @@ def measure_model(folder: Path, config: TrainConfig, held_out: HeldOut, scale: H
     }
     if drafts:
         figures["untrained_heads"] = {kind: _untrained(folder, config, kind, held_out) for kind in UNTRAINED}
-    check = check_head_caches(model.double(), held_out.prompts_BT, blocks=scale.cache_blocks)
+    check = check_head_caches(
+        model.double(),
+        held_out.windows.input_ids_BT[: scale.cache_texts],
+        prompt_tokens=scale.cache_prompt_tokens,
+        blocks=scale.cache_blocks,
+    )
     figures["caches"] = check.to_json() | {"right": check.relative < _CACHE_LIMIT}
     return figures
 

@@ -46,6 +46,8 @@ class HeadsScale:
         prompts: held-out prompts that are decoded, for equality and for the check of caches.
         prompt_tokens: length of each.
         new_tokens: decoded after each.
+        cache_texts: held-out rows that the check of caches follows.
+        cache_prompt_tokens: of each, what is the prompt.
         cache_blocks: forward passes of the check of caches.
         speed_prompts: prompts of the speed measurement.
         speed_new_tokens: decoded after each of them.
@@ -61,6 +63,8 @@ class HeadsScale:
     prompts: int
     prompt_tokens: int
     new_tokens: int
+    cache_texts: int
+    cache_prompt_tokens: int
     cache_blocks: int
     speed_prompts: int
     speed_new_tokens: int
@@ -86,7 +90,9 @@ FULL = HeadsScale(
     prompts=8,
     prompt_tokens=64,
     new_tokens=64,
-    cache_blocks=12,
+    cache_texts=6,
+    cache_prompt_tokens=64,
+    cache_blocks=16,
     speed_prompts=2,
     speed_new_tokens=64,
     speed_repeats=7,
@@ -111,6 +117,8 @@ SMOKE = HeadsScale(
     prompts=2,
     prompt_tokens=16,
     new_tokens=8,
+    cache_texts=2,
+    cache_prompt_tokens=16,
     cache_blocks=3,
     speed_prompts=1,
     speed_new_tokens=4,
