@@ -12,6 +12,7 @@ import pytest
 
 from headway.cli.main import main as headway
 
+REAL_RUN = subprocess.run
 ROOT = Path(__file__).resolve().parents[2]
 TINY = shlex.split(
     "--hidden-size 32 --num-layers 5 --num-heads 2 --sequence-length 48 --batch-size 2 --gradient-accumulation-steps 1 "
@@ -27,7 +28,8 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def in_this_process(command, **options):
     """Stands for a process of its own, whose start would be most of the time."""
-    assert command[:3] == [sys.executable, "-m", "headway"]
+    if command[:3] != [sys.executable, "-m", "headway"]:
+        return REAL_RUN(command, **options)
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
         status = headway(command[3:])
