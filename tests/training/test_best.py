@@ -114,8 +114,8 @@ def test_going_back_to_the_best_of_the_same_run_is_possible_once_the_later_ones_
 
 
 def test_a_figure_that_no_evaluation_gives_is_named_with_those_there_are(make_config):
-    with pytest.raises(TrainingError, match=r"keep_best=acuracy .*\(nats, accuracy\)"):
-        train(evaluated(make_config, keep_best="acuracy"), evaluators=[scripted])
+    with pytest.raises(TrainingError, match=r"keep_best=accuracies .*\(nats, accuracy\)"):
+        train(evaluated(make_config, keep_best="accuracies"), evaluators=[scripted])
 
 
 def test_evaluations_without_the_default_figure_rank_nothing(make_config):
