@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from headway.errors import ConfigError
 from headway.processes import Processes, process_group_of_all
+from headway.training.interruption import TrainingInterruptedError
 
 
 def started_processes() -> int:
@@ -46,11 +47,18 @@ def joined(device: str) -> Iterator[tuple[Processes, torch.device]]:
         torch.cuda.set_device(chosen)
     if not there_already:
         dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+    ended_together = chosen.type == "cpu"
     try:
         with process_group_of_all(local_rank=local_rank) as processes:
             yield processes, chosen
+        ended_together = True
+    except TrainingInterruptedError:
+        ended_together = True
+        raise
     finally:
-        if not there_already:
+        # NCCL waits for the others when a group ends. After an error that they may not have met they do not come, and the
+        # end of this process is the end of the group.
+        if ended_together and not there_already:
             dist.destroy_process_group()
 
 
