@@ -41,6 +41,8 @@ def test_a_stop_string_ends_the_text_where_it_is_complete(model, monkeypatch):
     script_drafts(monkeypatch, [whole[0, 5:].tolist()], wrong=0.1)
     out = model.generate(row, stop_strings=[stop], tokenizer=tokenizer, **options)
     assert torch.equal(out, expected)
+    for drafts in ({"tree": 10}, {"drafts": "heads+lookup"}):
+        assert torch.equal(model.generate(row, stop_strings=[stop], tokenizer=tokenizer, **drafts, **options), expected)
 
 
 def test_a_text_streamer_prints_the_text(model, capsys):

@@ -56,6 +56,20 @@ def test_a_streamer_gets_the_prompt_then_every_token_once_and_in_order(options, 
     assert out[0, 6:].tolist() == truth
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"tree": 9}, {"drafts": "lookup"}, {"do_sample": True, "seed": 1, "top_k": 0}],
+    ids=["tree", "copies", "sampling"],
+)
+def test_a_streamer_and_a_watcher_get_what_any_draft_gives(options, model):
+    row, streamer = random_tokens(1, 6), Recorder()
+    plain = model.generate(row, max_new_tokens=NEW, **(options | {"num_draft_tokens": 0}))[0, 6:].tolist()
+    model.generate(row, max_new_tokens=NEW, streamer=streamer, **options)
+    assert [put.item() for put in streamer.puts[1:]] == plain
+    stream = stream_blocks(model, row, max_new_tokens=NEW, **options)
+    assert [token for block in stream for token in block[0]] == plain
+
+
 def test_a_streamer_is_ended_when_generation_fails(model):
     class Explode(StoppingCriteria):
         def __call__(self, input_ids, scores, **kwargs):
