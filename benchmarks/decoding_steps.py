@@ -1,9 +1,9 @@
 """Cost of one 4-position step with heads over one plain step, and how near the plain step is to the memory's limit.
 
-Random weights, batch 1, context 128, float32 and bfloat16, at about 10M, 30M and 110M parameters (llama shapes). Everything of a
-row of the table is interleaved in one process: the plain step, the 4-position step (base and heads on 4 positions, then
-the next draft), reading the touched weights once (the limit), and `generate` of Hugging Face and of this engine with plain
-decoding, per token. Acceptance plays no part here. One JSON document last.
+Random weights, batch 1, context 128, float32 and bfloat16, at about 10M to 350M parameters (llama shapes), on the eager
+and on the lean executor. Everything of a row of the table is interleaved in one process: the plain step, the 4-position
+step (base and heads on 4 positions, then the next draft), reading the touched weights once (the limit), and `generate` of
+Hugging Face and of this engine with plain decoding, per token. Acceptance plays no part here. One JSON document last.
 
     python benchmarks/decoding_steps.py [--output benchmarks/results/decoding_steps.json]
 """
@@ -25,12 +25,19 @@ from transformers import LlamaConfig
 import headway
 from headway.decoding.engine import decoding_context
 from headway.decoding.executor import EagerExecutor
+from headway.decoding.lean.executor import LeanExecutor
+from headway.decoding.lean.model import LeanModel
 from headway.decoding.prompts import align_prompts
 from headway.model.config import MultiTokenConfig
 from headway.provenance import provenance
 
 # name -> width, layers of the base, vocabulary, heads
-SHAPES = {"10M": (256, 8, 8192, 4), "30M": (512, 8, 8192, 8), "110M": (768, 12, 32000, 12)}
+SHAPES = {
+    "10M": (256, 8, 8192, 4),
+    "30M": (512, 8, 8192, 8),
+    "110M": (768, 12, 32000, 12),
+    "350M": (1024, 24, 32000, 16),
+}
 CONTEXT, DRAFTS, GENERATED = 128, 3, 32
 
 
@@ -62,6 +69,10 @@ def timed(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def _ratios(above: list[float], below: list[float]) -> list[float]:
+    return [a / b for a, b in zip(above, below, strict=True)]
+
+
 def measure(name: str, *, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
     """One row of the table."""
     model = build(name, dtype)
@@ -72,38 +83,48 @@ def measure(name: str, *, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
     with_heads = flat.numel() + sum(p.numel() for p in model.heads.parameters())
     # Reading weights as integers costs no conversion: only the memory is measured.
     words = flat.view(torch.int64) if flat.numel() * flat.element_size() % 8 == 0 else flat.view(torch.int32)
-    plain = EagerExecutor(model, prompts, max_new_tokens=GENERATED, num_draft_tokens=0)
-    drafted = EagerExecutor(model, prompts, max_new_tokens=GENERATED, num_draft_tokens=DRAFTS)
+    limits = {"max_new_tokens": GENERATED}
+    lean = LeanModel(model)
+    executors = {
+        "eager": [EagerExecutor(model, prompts, num_draft_tokens=drafts, **limits) for drafts in (0, DRAFTS)],
+        "lean": [LeanExecutor(lean, prompts, num_draft_tokens=drafts, **limits) for drafts in (0, DRAFTS)],
+    }
     one, four = torch.randint(0, 100, (1, 1)), torch.randint(0, 100, (1, DRAFTS + 1))
 
-    def plain_step() -> None:
-        states = plain.block(one, [CONTEXT], num_offsets=1)
-        plain.logits(states.last_hidden_BTD).argmax(-1).tolist()
+    def plain_step(executor: EagerExecutor) -> None:
+        states = executor.block(one, [CONTEXT], num_offsets=1)
+        executor.logits(states.last_hidden_BTD).argmax(-1).tolist()
 
-    def drafted_step() -> None:
-        states = drafted.block(four, [CONTEXT], num_offsets=DRAFTS + 1)
-        drafted.logits(states.last_hidden_BTD).argmax(-1).tolist()
-        drafted.draft(states, [1], count=DRAFTS)
+    def drafted_step(executor: EagerExecutor) -> None:
+        states = executor.block(four, [CONTEXT], num_offsets=DRAFTS + 1)
+        executor.logits(states.last_hidden_BTD).argmax(-1).tolist()
+        executor.draft(states, [1], count=DRAFTS)
 
     common = {"max_new_tokens": GENERATED, "do_sample": False, "use_cache": True}
     calls: dict[str, Callable[[], Any]] = {
         "limit": lambda: words.sum(),
-        "plain_step": plain_step,
-        "drafted_step": drafted_step,
+        "plain_step": lambda: plain_step(executors["eager"][0]),
+        "drafted_step": lambda: drafted_step(executors["eager"][1]),
+        "lean_plain_step": lambda: plain_step(executors["lean"][0]),
+        "lean_drafted_step": lambda: drafted_step(executors["lean"][1]),
         "engine_plain_generate": lambda: model.generate(ids, num_draft_tokens=0, **common),
+        "lean_plain_generate": lambda: model.generate(ids, num_draft_tokens=0, executor="lean", **common),
         "huggingface_generate": lambda: model.base.generate(ids, **common),
     }
     seconds: dict[str, list[float]] = {label: [] for label in calls}
     with torch.inference_mode(), decoding_context(model):
-        plain.prefill(num_offsets=1)
-        drafted.prefill(num_offsets=DRAFTS + 1)
+        for plain, drafted in executors.values():
+            plain.prefill(num_offsets=1)
+            drafted.prefill(num_offsets=DRAFTS + 1)
         for repeat in range(repeats + 2):
             for label, call in calls.items():
                 took = timed(call)
                 if repeat >= 2:
                     seconds[label].append(took)
     median = {label: statistics.median(times) * 1000 for label, times in seconds.items()}
-    ratios = [d / p for d, p in zip(seconds["drafted_step"], seconds["plain_step"], strict=True)]
+    own_limit = median["limit"] * with_heads / flat.numel()
+    ratios = _ratios(seconds["drafted_step"], seconds["plain_step"])
+    lean_ratios = _ratios(seconds["lean_drafted_step"], seconds["lean_plain_step"])
     row = {
         "size": name,
         "dtype": str(dtype).removeprefix("torch."),
@@ -116,9 +137,18 @@ def measure(name: str, *, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
         "drafted_over_plain": round(statistics.median(ratios), 3),
         "drafted_over_plain_quartiles": [round(q, 3) for q in statistics.quantiles(ratios, n=4)],
         "plain_step_share_of_limit": round(median["limit"] / median["plain_step"], 3),
-        "drafted_step_share_of_own_limit": round(
-            median["limit"] * with_heads / flat.numel() / median["drafted_step"], 3
-        ),
+        "drafted_step_share_of_own_limit": round(own_limit / median["drafted_step"], 3),
+        "lean": {
+            "way": lean.way,
+            "copied_bytes": lean.num_bytes,
+            "plain_step_ms": round(median["lean_plain_step"], 3),
+            "drafted_step_ms": round(median["lean_drafted_step"], 3),
+            "drafted_over_plain": round(statistics.median(lean_ratios), 3),
+            "drafted_over_plain_quartiles": [round(q, 3) for q in statistics.quantiles(lean_ratios, n=4)],
+            "plain_step_share_of_limit": round(median["limit"] / median["lean_plain_step"], 3),
+            "drafted_step_share_of_own_limit": round(own_limit / median["lean_drafted_step"], 3),
+            "plain_ms_per_token": round(median["lean_plain_generate"] / GENERATED, 3),
+        },
         "engine_plain_ms_per_token": round(median["engine_plain_generate"] / GENERATED, 3),
         "huggingface_generate_ms_per_token": round(median["huggingface_generate"] / GENERATED, 3),
     }
