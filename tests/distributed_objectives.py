@@ -1,4 +1,4 @@
-"""Schedules and objectives on two processes beside one, for `tests/training/test_objectives_distributed.py`."""
+"""Schedules and objectives on two processes beside one."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from headway.training.loop import train
 from headway.training.loss_options import weight_plan
 from headway.training.metrics import step_scalars
 from headway.training.model_building import base_config
+from headway.training.parallel import heads_may_rest
 from headway.training.rng import preserved_rng, seed_everything
 from headway.training.starting_model import starting_model
 from small_runs import assert_same_run, lines, weights
@@ -210,6 +211,22 @@ def test_options_that_exclude_each_other_name_both_and_the_way_out(make_config, 
         make_config(**fields)
     for name in names:
         assert name in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "rests"),
+    [
+        ({}, False),
+        ({"weight_schedule": "linear", "head_weight_decay": 0.5}, False),
+        ({"weight_schedule": "forward_curriculum"}, True),
+        ({"head_weight": 0.0}, True),
+        ({"offset_weights": [1.0, 0.0, 1.0]}, True),
+        ({"weight_schedule": "step", "head_weight_after": 0.0}, True),
+        ({"weight_schedule": "fade", "num_future_tokens": 1, "later_token_weights": [0.5]}, False),
+    ],
+)
+def test_ddp_is_told_to_look_for_unused_parameters_only_where_heads_may_rest(make_config, fields, rests):
+    assert heads_may_rest(make_config(**fields)) == rests
 
 
 def test_the_schedule_of_a_run_counted_in_epochs_ends_with_it(make_config):

@@ -1,4 +1,4 @@
-"""Divergences from a teacher's distribution to a head's, with their gradients, one chunk of logits at a time.
+"""Divergences of a head from a teacher, with gradients, chunk by chunk.
 
 Legend: B batch, T positions, M = B*T rows, C rows of a chunk, D width, V vocabulary; p the teacher's probabilities, q the
 head's, a = sum_v min(p(v), q(v)).

@@ -1,4 +1,4 @@
-"""Logits of a few rows, made and turned into gradients in place: what every chunked loss does around its own formula.
+"""Logits of a few rows, made and turned into gradients in place.
 
 Legend: C rows of a chunk, D width, R any width, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""How much each offset counts in the loss, and how that changes over training: pure functions of the step; needs no torch.
+"""How much each offset counts in the loss, and when; needs no torch.
 
 Legend: N offsets, w_k the weight of offset k at full strength, s the optimizer step from 1, S the schedule's steps.
 

@@ -1,4 +1,4 @@
-"""What a multi-token model is trained on: from the hidden states of a pass to the loss.
+"""What a model is trained on: from hidden states of a pass to the loss.
 
 Legend: B batch, T positions, D width, N future tokens.
 """

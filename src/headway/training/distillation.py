@@ -1,4 +1,4 @@
-"""A run's objective on its model: the loss that was asked for, and the teacher, loaded and compared."""
+"""A run's objective on its model, and the teacher, loaded and compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The options of the loss, as `TrainConfig` has them: the weights of every step, the objective, and what excludes what.
+"""The loss as `TrainConfig` has it: weights, objective, exclusions.
 
 Needs no torch.
 """

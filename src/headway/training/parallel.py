@@ -32,6 +32,7 @@ from headway.errors import ConfigError
 from headway.model.multi_token_lm import MultiTokenLM
 from headway.processes import Processes
 from headway.training.config import TrainConfig
+from headway.training.loss_options import weight_plan
 from headway.training.muon_sharing import ReplicatedSharing, ShardedSharing, own_rows
 
 Mode = Literal["none", "ddp", "fsdp"]
@@ -233,7 +234,7 @@ def parallel_mode(wanted: Literal["auto", "none", "ddp", "fsdp"], *, count: int)
 
 def heads_may_rest(config: TrainConfig) -> bool:
     """Whether a step of this run may leave some heads without a gradient, because their loss has no weight then."""
-    return config.weight_schedule != "constant" or config.head_weight == 0 or 0 in (config.offset_weights or ())
+    return config.num_future_tokens > 1 and weight_plan(config).heads_may_rest
 
 
 def parallelize(
