@@ -1,4 +1,4 @@
-"""How long a step will take on a device: operations over an assumed share of its peak, and the optimizer's traffic."""
+"""How long a step will take: operations at an assumed share of the peak, and the optimizer's traffic."""
 
 from __future__ import annotations
 
