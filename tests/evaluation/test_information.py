@@ -205,3 +205,21 @@ def test_wrong_settings_name_their_limits():
             reader.log_probs(torch.tensor([1, 2]), random_tokens(2, 3))
         with pytest.raises(ConfigError, match=r"0\.\.8"):
             reader.log_probs(torch.tensor([9]), random_tokens(1, 3))
+
+
+def test_a_large_vocabulary_is_tried_at_its_likeliest_tokens():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1500,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.5,
+    )
+    model = MultiTokenLM.from_config(config, MultiTokenConfig(num_future_tokens=2)).eval()
+    text = torch.randint(0, 1500, (10,), generator=torch.Generator().manual_seed(1))
+    result = analyze_text(model, text)
+    assert (result.candidates, result.vocabulary_size, result.exact) == (64, 1500, False)
+    assert 0 < min(result.left_out) <= max(result.left_out) < 1
+    assert all(math.isfinite(nats) for nats in result.observed.entropy_x)
