@@ -1,4 +1,4 @@
-"""How many floating-point operations a token of training takes, counted on the real modules without any data.
+"""How many floating-point operations a token of training takes, counted on the real modules.
 
 Legend: T positions, D width, V vocabulary, N future tokens.
 """
@@ -11,7 +11,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from headway.model.memory import model_footprint
+from headway.heads.auxiliary import RegisterTokens, TokenOrderHead
+from headway.model.memory import cache_footprint, model_footprint
 from headway.model.multi_token_lm import MultiTokenLM
 
 _FORWARD_AND_BACKWARD = 3  # the backward pass multiplies by the weight and by the input: twice the forward
@@ -35,11 +36,19 @@ def training_flops_per_token(model: MultiTokenLM, *, sequence_length: int) -> in
     Source: the count of Chowdhery et al. 2022 (PaLM, arXiv:2204.02311), appendix B, with attention halved because it is
     causal, heads and their unembeddings counted.
     """
-    body = _weight_products(model) // _POSITIONS
+    body, base = _weight_products(model)
     unembeddings = sum(2 * model.unembedding(offset).weight.numel() for offset in range(1, model.num_future_tokens + 1))
     if model.heads.markov is not None:
         unembeddings += 2 * (model.num_future_tokens - 1) * model.heads.markov.to_logits.weight.numel()
-    return _FORWARD_AND_BACKWARD * (body + unembeddings + _attention(model, sequence_length))
+    attention = _attention(model, sequence_length)
+    if isinstance(model.heads.auxiliary, TokenOrderHead):
+        unembeddings += 2 * model.heads.auxiliary.to_scores.weight.numel()
+    elif isinstance(model.heads.auxiliary, RegisterTokens):
+        # A register for every token goes through the base and the unembedding, and sees what its token sees.
+        body += base
+        unembeddings += 2 * model.unembedding(1).weight.numel()
+        attention += _attention(model, sequence_length, of_base=True)
+    return _FORWARD_AND_BACKWARD * (body + unembeddings + attention)
 
 
 def mean_context(sequence_length: int, *, window: int | None = None) -> float:
@@ -52,27 +61,32 @@ def mean_context(sequence_length: int, *, window: int | None = None) -> float:
     return (seen * (seen + 1) / 2 + (sequence_length - seen) * seen) / sequence_length
 
 
-def _weight_products(model: MultiTokenLM) -> int:
-    """Operations of the products with weights in a forward of `_POSITIONS` tokens, unembeddings apart."""
-    input_ids_1T = torch.zeros((1, _POSITIONS), dtype=torch.long)
-    counter = FlopCounterMode(display=False)
+def _weight_products(model: MultiTokenLM) -> tuple[int, int]:
+    """Operations of the products with weights in a forward of one token, unembeddings apart: of all, and of the base."""
     # allow_non_fake_inputs: constants that a family's rotary embedding holds are real tensors.
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model.to_empty(device="cpu")
-        with counter:
-            states = model.offset_hidden_states(input_ids_1T, use_cache=False)
-            for offset, hidden_BTD in enumerate(states.hidden, start=1):
-                model.before_unembedding(hidden_BTD, offset=offset)
+        return _products(model, num_offsets=model.num_future_tokens), _products(model, num_offsets=1)
+
+
+def _products(model: MultiTokenLM, *, num_offsets: int) -> int:
+    input_ids_1T = torch.zeros((1, _POSITIONS), dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        states = model.offset_hidden_states(input_ids_1T, use_cache=False, num_offsets=num_offsets)
+        for offset, hidden_BTD in enumerate(states.hidden, start=1):
+            model.before_unembedding(hidden_BTD, offset=offset)
     total = counter.get_flop_counts().get("Global", {})
-    return sum(int(count) for operation, count in total.items() if operation in _WEIGHT_PRODUCTS)
+    return sum(int(count) for operation, count in total.items() if operation in _WEIGHT_PRODUCTS) // _POSITIONS
 
 
-def _attention(model: MultiTokenLM, sequence_length: int) -> int:
-    """Operations of scores and values of one token in all layers, forward."""
+def _attention(model: MultiTokenLM, sequence_length: int, *, of_base: bool = False) -> int:
+    """Operations of scores and values of one token in all layers, or in the base's, forward."""
     config: Any = model.base.config
     heads = int(config.num_attention_heads)
     width = heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     cache = model_footprint(model, dtype=torch.float32).cache
+    if of_base:
+        cache = cache_footprint(config, 1, dtype=torch.float32)
     whole = (cache.layers - cache.sliding_layers) * mean_context(sequence_length)
     sliding = cache.sliding_layers * mean_context(sequence_length, window=cache.sliding_window)
     return round(4 * width * (whole + sliding))

@@ -1,4 +1,4 @@
-"""Metrics on disk and at a tracker: JSON lines, TensorBoard, nothing doubled or missing after a resume."""
+"""Metrics on disk and at a tracker, nothing doubled or missing after a resume."""
 
 from __future__ import annotations
 

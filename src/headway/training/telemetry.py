@@ -1,4 +1,4 @@
-"""What a step cost and where the run stands, beyond its loss: operations, memory, shares of the sources."""
+"""What a step cost and where the run stands: operations, memory, shares of the sources."""
 
 from __future__ import annotations
 
