@@ -88,7 +88,7 @@ def shaded_text(pieces: Sequence[str], measure: Measure, choice_points: Sequence
         if not colours:
             text.append(f"[{piece}]" if position in chosen else piece)
             continue
-        style = TERMINAL_STYLES[math.ceil(strength * (len(TERMINAL_STYLES) - 1))]
+        style = TERMINAL_STYLES[round(strength * (len(TERMINAL_STYLES) - 1))]
         mark = "bold underline" if position in chosen else ""
         # A line feed has no background of its own: a blank before it has.
         text.append(piece.replace("\n", " \n") if style else piece, style=f"{style} {mark}".strip())
