@@ -1,4 +1,4 @@
-"""Drafts of every position at once: what heads would compute in decoding, had each position been the start of a draft.
+"""Drafts of every position at once: what heads would compute, had each position begun a draft.
 
 Legend: B batch, T positions, X = k T positions of a pass with k lanes, D width, K drafted offsets.
 

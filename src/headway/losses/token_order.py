@@ -1,4 +1,4 @@
-"""Token-order prediction: rank the vocabulary by how soon each token comes next, one chunk of logits alive at a time.
+"""Token-order prediction: rank the vocabulary by how soon each token comes next.
 
 Legend: B batch, T positions, M = B*T rows, C rows of a chunk, D width, V vocabulary, W window.
 

@@ -51,6 +51,7 @@ class StepDone:
         skipped_steps: skipped so far.
         tokens_per_second: since the last logged step, evaluations and checkpoints not counted.
         elapsed_seconds: of the whole run, resumes included, downtime not.
+        auxiliary_loss: of the auxiliary objective, per next-token target and before its weight; None without one.
         logged: whether the step is one of those that metrics.jsonl holds; what stands below is None on other steps.
         accuracy_per_offset: share of each offset's targets in the step's own batch that no other token outscored.
         offset_weights: of the step's loss.
@@ -60,7 +61,6 @@ class StepDone:
         gpu_peak_bytes: most memory that tensors of this process had on its GPU so far; None on a CPU.
         data_mix: shares of the sources so far beside those asked for; None without a mixture.
         objective_per_offset: like loss_per_offset, the mean of what is trained; None where no offset is distilled.
-        auxiliary_loss: of the auxiliary objective, per next-token target and before its weight; None without one.
     """
 
     step: int

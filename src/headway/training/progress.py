@@ -72,13 +72,15 @@ def step_line(standing: Standing) -> str:
     else:
         per_offset = ["-" if nats is None else f"{nats:.3f}" for nats in step.loss_per_offset]
         # The losses add up to the whole where all count and nothing else is trained.
-        summed = step.objective_per_offset is None and None not in step.loss_per_offset
+        summed = step.objective_per_offset is None and step.auxiliary_loss is None and None not in step.loss_per_offset
         parts.append(f"loss {step.loss:.3f}{' = ' if summed else ': '}{(' + ' if summed else ' ').join(per_offset)}")
     if step.offset_weights is not None and (shown := weights(step.offset_weights)) is not None:
         parts[-1] = parts[-1].replace(" = ", ": ").replace(" + ", " ")
         parts.append(f"weights {shown}")
     if step.objective_per_offset is not None:
         parts.append(f"objective {' '.join('-' if v is None else f'{v:.3f}' for v in step.objective_per_offset)}")
+    if step.auxiliary_loss is not None:
+        parts.append(f"auxiliary {step.auxiliary_loss:.3f}")
     if step.accuracy_per_offset is not None:
         shares = ["-" if share is None else f"{100 * share:.1f}" for share in step.accuracy_per_offset]
         parts.append(f"accuracy {' '.join(shares)} %")

@@ -216,7 +216,6 @@ class TrainingRun:
             cost["offset_weights"] = self.weights.at(state.step)
             cost["accuracy_per_offset"] = outcome.accuracy_per_offset
             cost["objective_per_offset"] = outcome.objective_per_offset
-            cost["auxiliary_loss"] = outcome.auxiliary_loss
         self.emit(
             StepDone(
                 step=state.step,
@@ -230,6 +229,7 @@ class TrainingRun:
                 tokens_per_second=speed,
                 elapsed_seconds=state.elapsed_seconds,
                 logged=logged,
+                auxiliary_loss=outcome.auxiliary_loss,
                 **cost,
             )
         )

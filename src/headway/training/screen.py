@@ -90,6 +90,7 @@ class Screen:
         lines.append(
             [
                 "loss not finite" if step.loss is None else f"loss {step.loss:.3f}",
+                *([] if step.auxiliary_loss is None else [f"auxiliary {step.auxiliary_loss:.3f}"]),
                 *([] if step.gradient_norm is None else [f"gradient norm {step.gradient_norm:.3g}"]),
                 f"learning rate {step.learning_rate:.3g}",
                 f"skipped steps {step.skipped_steps}",
