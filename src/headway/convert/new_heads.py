@@ -1,4 +1,4 @@
-"""Heads of any architecture for a base that is on disk: one layer, one norm and one output matrix of it in memory.
+"""Heads of any architecture for a base on disk, of which only a few matrices are in memory.
 
 Transformer heads come one layer at a time (see `future_tokens`); the others are built together, their output matrices apart,
 which are copied or drawn one at a time when they are written.

@@ -1,4 +1,4 @@
-"""Next-token distributions after every candidate for the next token: p(y | text up to t, x) for many x at once.
+"""Next-token distributions after every candidate for the next token, many at once.
 
 Legend: T positions of a text, P chosen positions, C candidates per position, Q = P * C queries, S slots, V vocabulary.
 

@@ -1,4 +1,4 @@
-"""What a model says about the next two tokens along a text: entropies, mutual information, choice points, head 2.
+"""What a model says about the next two tokens along a text.
 
 Legend: T tokens of a text, P positions, C candidates for the next token, V vocabulary. At position t, X is token t + 1
 and Y is token t + 2, given the text up to t.

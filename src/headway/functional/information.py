@@ -1,4 +1,4 @@
-"""Entropies and mutual information of the next token X and the one after it, Y, from their distributions.
+"""Entropies and mutual information of the next token X and the one after it, Y.
 
 Legend: ... any leading dimensions (positions of a text), C values of X, V values of Y.
 

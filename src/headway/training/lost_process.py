@@ -1,4 +1,4 @@
-"""Losing another process of the run, told as what happened and what to do instead of as a socket's trace."""
+"""Losing another process of the run, told as what happened and what to do."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Formats `medusa` and `medusa-engine`: residual SiLU heads as FasterDecoding/Medusa and serving engines keep them."""
+"""Formats `medusa` and `medusa-engine`: residual SiLU heads as Medusa and serving engines keep them."""

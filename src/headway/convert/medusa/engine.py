@@ -1,4 +1,4 @@
-"""Format `medusa-engine`: Medusa heads as serving engines load them (vLLM up to 0.32), one safetensors file.
+"""Format `medusa-engine`: Medusa heads as serving engines load them, one safetensors file.
 
 With `original_lm_head` all heads use one output matrix, which the file holds as `lm_heads.0.weight`.
 

@@ -1,4 +1,4 @@
-"""Format `medusa`: FasterDecoding/Medusa's folder, heads in one file beside a config.json that names their base.
+"""Format `medusa`: heads in one file beside a config.json that names their base.
 
 Without an output matrix of their own (Medusa-2 checkpoints) the heads use the base's.
 """

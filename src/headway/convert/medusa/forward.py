@@ -1,4 +1,4 @@
-"""Medusa heads computed from their tensors, without the classes of `headway.heads`: what the layouts mean.
+"""Medusa heads computed from their tensors alone: what the layouts mean.
 
 Legend: B batch, T positions, N future tokens, V vocabulary, D width.
 

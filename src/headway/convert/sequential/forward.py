@@ -1,4 +1,4 @@
-"""Sequential modules computed apart from `headway.heads`: by transformers where it can, else from the file's tensors.
+"""Sequential modules computed apart from `headway.heads`.
 
 Legend: B batch, T positions, N future tokens, V vocabulary, D width, k module.
 

@@ -1,4 +1,4 @@
-"""Tensors of sequential modules by the names of released checkpoints, and those of `headway.heads.sequential` that they are.
+"""Tensors of sequential modules: released checkpoints' names and those of headway.
 
 Legend: k module (offset k + 2), L layers of the base, D width.
 

@@ -1,1 +1,1 @@
-"""The lean executor: one fused decoder block for the llama-like families, same weights, admitted per checkpoint."""
+"""The lean executor: one fused decoder block for the llama-like families, same weights."""

@@ -1,4 +1,4 @@
-"""Who may run lean: families whose layers the lean block is written for, and of those the checkpoints that pass a parity run.
+"""Who may run lean: families with a lean block, and of those the checkpoints that pass a parity run.
 
 Legend: B rows, T positions, D width.
 """

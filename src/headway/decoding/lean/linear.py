@@ -1,4 +1,4 @@
-"""Linear maps for decoding: several matrices that read the same input as one, each product in the way that reads fastest.
+"""Linear maps for decoding, each product in the way that reads fastest.
 
 Legend: R rows of the input, D inputs, O outputs.
 

@@ -1,4 +1,4 @@
-"""`LeanModel`: base and heads of a `MultiTokenLM` on fused decoder blocks, with the calls that the executor makes.
+"""`LeanModel`: base and heads on fused decoder blocks, with the calls that the executor makes.
 
 Legend: B rows, M positions of one forward, D width, V vocabulary, L layers of the base.
 

@@ -1,4 +1,4 @@
-"""The page of an analysis: the text in shades of any of its figures, their course over the text, and the sums."""
+"""The page of an analysis: the text in shades, its figures over the text, and the sums."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder of a comparison: its mark says how its models are trained, so that only the same training goes on in it."""
+"""The folder of a comparison; its mark says how its models are trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one trained model is worth: held-out loss, loop-free acceptance, equality of its decoding, and its untrained twin.
+"""What one trained model is worth: loss, acceptance, equal decoding, its untrained twin.
 
 Legend: B rows, T positions, N future tokens.
 """

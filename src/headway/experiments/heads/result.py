@@ -1,4 +1,4 @@
-"""From the figures of single runs to one row per architecture: means over seeds, and how far the seeds lie apart."""
+"""From the figures of single runs to one row per architecture, with the spread over seeds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The comparison from text to report; a run that is there is not done again, so that a killed comparison goes on."""
+"""The comparison from text to report; runs that are there are not done again."""
 
 from __future__ import annotations
 
