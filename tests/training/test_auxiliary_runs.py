@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import headway.decoding.engine  # noqa: F401  (registers the engine)
 from headway.errors import ConfigError, TrainingError
+from headway.model.config import MultiTokenConfig
 from headway.model.multi_token_lm import MultiTokenLM
 from headway.training.estimate import plan_training
 from headway.training.events import StepDone
+from headway.training.flops import training_flops_per_token
 from headway.training.loop import train
+from headway.training.progress import step_line
+from headway.training.standing import Standing
 from small_runs import assert_same_run, lines, weights
 
 CASES = {
@@ -123,3 +127,26 @@ def test_a_plan_counts_what_the_objective_adds(make_config):
 def test_options_that_mean_nothing_are_refused_before_a_run(fields, match, make_config):
     with pytest.raises(ConfigError, match=match):
         make_config("run", **fields)
+
+
+def test_operations_count_the_order_and_the_registers():
+    shape = LlamaConfig(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2)
+    counts = []
+    for objective in ("none", "top", "mutor"):
+        with torch.device("meta"):
+            model = MultiTokenLM.from_config(shape, MultiTokenConfig(num_future_tokens=3, auxiliary=objective))
+        counts.append(training_flops_per_token(model, sequence_length=48))
+    # forward and backward, two operations for each weight of the unembedding
+    assert counts[1] - counts[0] == 6 * 40 * 32
+    assert 1.3 * counts[0] < counts[2] < 2 * counts[0]
+
+
+def test_a_line_of_progress_shows_it_and_no_sum_that_is_not_one(make_config):
+    seen = []
+    train(make_config("run", auxiliary="top", steps=2), on_event=seen.append)
+    standing = Standing()
+    for event in seen:
+        standing.take(event)
+    line = step_line(standing)
+    assert "auxiliary " in line
+    assert " = " not in line
