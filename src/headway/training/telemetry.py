@@ -74,7 +74,7 @@ _counted: dict[str, int | None] = {}
 def count_flops(config: TrainConfig, shape: Any) -> int | None:
     """Operations per token of the model that a configuration describes, teachers and soft targets aside.
 
-    None where the forward depends on data, and with an auxiliary objective, whose rows are others.
+    None where the forward depends on data.
     """
     built = (config.shorten_trunk, config.init_from is None, config.sequence_length)
     key = f"{shape.to_json_string(use_diff=False)} {multi_token_config(config)} {built}"
@@ -84,8 +84,6 @@ def count_flops(config: TrainConfig, shape: Any) -> int | None:
 
 
 def _count(config: TrainConfig, shape: Any) -> int | None:
-    if config.auxiliary != "none":
-        return None
     with torch.device("meta"):
         model = fresh_model(config, shape)
     try:
