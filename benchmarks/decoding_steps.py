@@ -83,11 +83,10 @@ def measure(name: str, *, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
     with_heads = flat.numel() + sum(p.numel() for p in model.heads.parameters())
     # Reading weights as integers costs no conversion: only the memory is measured.
     words = flat.view(torch.int64) if flat.numel() * flat.element_size() % 8 == 0 else flat.view(torch.int32)
-    limits = {"max_new_tokens": GENERATED}
     lean = LeanModel(model)
-    executors = {
-        "eager": [EagerExecutor(model, prompts, num_draft_tokens=drafts, **limits) for drafts in (0, DRAFTS)],
-        "lean": [LeanExecutor(lean, prompts, num_draft_tokens=drafts, **limits) for drafts in (0, DRAFTS)],
+    executors: dict[str, list[EagerExecutor]] = {
+        label: [kind(run, prompts, max_new_tokens=GENERATED, num_draft_tokens=drafts) for drafts in (0, DRAFTS)]
+        for label, kind, run in (("eager", EagerExecutor, model), ("lean", LeanExecutor, lean))
     }
     one, four = torch.randint(0, 100, (1, 1)), torch.randint(0, 100, (1, DRAFTS + 1))
 
