@@ -38,7 +38,7 @@ texts = st.text(st.characters(blacklist_categories=("Cs", "Cc")), min_size=1, ma
 @given(
     data=st.lists(texts, min_size=1, max_size=3),
     learning_rate=st.floats(1e-9, 10, allow_nan=False),
-    weights=st.none() | st.lists(st.floats(0, 5), min_size=3, max_size=3),
+    weights=st.none() | st.lists(st.floats(0, 5), min_size=3, max_size=3).filter(any),
     compile_mode=st.sampled_from(["auto", "on", "off"]),
     clip=st.none() | st.floats(1e-3, 10),
     overwrite=st.booleans(),
