@@ -12,6 +12,12 @@ from headway.errors import ConfigError
 
 Command = Callable[..., Any]
 
+EXECUTOR_FLAG: Callable[[Command], Command] = click.option(
+    "--executor",
+    type=click.Choice(["eager", "lean"]),
+    help="What runs the model. eager (default): the Hugging Face model; lean: the same weights on fused blocks.",
+)
+
 DRAFTING_FLAGS: tuple[Callable[[Command], Command], ...] = (
     click.option(
         "--drafts",
@@ -41,6 +47,7 @@ DRAFTING_FLAGS: tuple[Callable[[Command], Command], ...] = (
         default=None,
         help="When sampling, draw the drafts too: as exact, accepted more often at high temperatures.",
     ),
+    EXECUTOR_FLAG,
 )
 
 

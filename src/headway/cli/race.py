@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from headway.cli.console import DTYPES, emit_json
+from headway.cli.drafting import EXECUTOR_FLAG
 from headway.cli.generate import EXIT_DIFFERENT, Sampling, open_session
 from headway.cli.prompt import read_prompt
 from headway.errors import ConfigError, DecodingError
@@ -21,6 +22,7 @@ GREEDY = Sampling(temperature=None, top_p=None, seed=None)
 @click.option(
     "--num-draft-tokens", type=click.IntRange(min=1), help="Drafted tokens per forward. Default: one per head."
 )
+@EXECUTOR_FLAG
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of the weights. Default: as saved.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: torch's own choice.")
 def race_command(
@@ -28,6 +30,7 @@ def race_command(
     prompt: str | None,
     max_new_tokens: int | None,
     num_draft_tokens: int | None,
+    executor: str | None,
     dtype: str | None,
     threads: int | None,
 ) -> None:
@@ -44,7 +47,15 @@ def race_command(
     file = None if prompt is None or not _is_file(prompt) else Path(prompt)
     data = read_prompt(None if file is not None else prompt, file)
     session = open_session(
-        model, data, GREEDY, dtype=dtype, threads=threads, stop=(), limit=max_new_tokens, show_blocks=False
+        model,
+        data,
+        GREEDY,
+        dtype=dtype,
+        threads=threads,
+        stop=(),
+        limit=max_new_tokens,
+        show_blocks=False,
+        drafting={} if executor is None else {"executor": executor},
     )
     if not session.loaded.has_heads:
         raise DecodingError(f"{session.loaded.name} has no heads, so there is no race; pass a headway folder")
