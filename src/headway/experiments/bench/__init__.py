@@ -1,0 +1,1 @@
+"""Benchmark of decoding: every way to decode one model on one machine, taking turns."""

@@ -1,0 +1,121 @@
+"""Where a step's time goes: draft, verify, the rest; and how near it is to reading its bytes once.
+
+Legend: B rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headway.decoding.engine import ENGINE, decoding_context
+from headway.errors import DecodingError
+from headway.evaluation.step_bytes import StepBytes, bytes_per_step
+from headway.experiments.bench.generation import Arm, Limits, PromptBatch
+from headway.experiments.bench.measure import Clock
+from headway.model.multi_token_lm import MultiTokenLM
+
+MOST_BYTES_READ = 1 << 29
+"""So much of the weights is read to measure the memory: more than caches hold, and no second copy of a large model."""
+
+
+@dataclass(frozen=True)
+class StepParts:
+    """Mean seconds of a forward's parts, over one generation apart from the timed rounds.
+
+    Attributes:
+        verify: base and heads on the block, and the base's logits.
+        draft: the heads' logits and the next block.
+        rest: acceptance, the cache's bookkeeping, this loop.
+        forwards: that the mean is over.
+    """
+
+    verify: float
+    draft: float
+    rest: float
+    forwards: int
+
+
+class _Timed:
+    """Passes everything on to another object, and adds up the seconds of some of its methods."""
+
+    def __init__(self, inner: Any, methods: frozenset[str], clock: Clock) -> None:
+        self._inner, self._methods, self._clock = inner, methods, clock
+        self.seconds = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._inner, name)
+        if name not in self._methods:
+            return found
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = self._clock.read()[0]
+            given = found(*args, **kwargs)
+            self.seconds += self._clock.read()[0] - start
+            return given
+
+        return call
+
+
+def step_parts(model: MultiTokenLM, arm: Arm, batch: PromptBatch, limits: Limits, *, clock: Clock) -> StepParts | None:
+    """Parts of an arm's forwards after the prefill; None where the first token ended every row."""
+    loop: Any = ENGINE.start(model, batch.ids_BT, attention_mask=batch.mask_BT, **(limits.arguments() | arm.arguments))
+    executor = _Timed(loop.executor, frozenset({"block", "tree_block", "logits"}), clock)
+    drafter = None if loop.drafter is None else _Timed(loop.drafter, frozenset({"block"}), clock)
+    with decoding_context(model):
+        loop.step()
+        loop.executor = executor
+        if drafter is not None:
+            loop.drafter = drafter
+        forwards, start = 0, clock.read()[0]
+        while not loop.finished:
+            loop.step()
+            forwards += 1
+        seconds = clock.read()[0] - start
+    if not forwards:
+        return None
+    drafting = drafter.seconds if drafter is not None else 0.0
+    return StepParts(
+        executor.seconds / forwards,
+        drafting / forwards,
+        (seconds - executor.seconds - drafting) / forwards,
+        forwards,
+    )
+
+
+def weight_reader(model: MultiTokenLM) -> tuple[Callable[[], object], int]:
+    """A function that reads the weights of a plain step once (or the first `MOST_BYTES_READ` of them), and their bytes.
+
+    They are summed as integers, which costs no conversion: only the memory is measured. The table of embeddings, of
+    which a step reads one row, is left out where the unembedding is another one.
+    """
+    table = model.get_input_embeddings().weight
+    left_out = {table.data_ptr()} - {model.family.lm_head.weight.data_ptr()}
+    parts: list[Tensor] = []
+    size = 0
+    for parameter in model.base.parameters():
+        if parameter.data_ptr() not in left_out and size < MOST_BYTES_READ:
+            part = parameter.detach().contiguous().view(-1).view(torch.uint8)[: MOST_BYTES_READ - size]
+            parts.append(part)
+            size += part.numel()
+    flat = torch.cat(parts)
+    words = flat[: flat.numel() // 8 * 8].view(torch.int64)
+    return words.sum, words.numel() * 8
+
+
+def bytes_of(model: MultiTokenLM, arm: Arm, prompt: list[int]) -> StepBytes | None:
+    """Bytes that a step of the arm reads at batch 1, as the eager engine runs it; None where there is no such step.
+
+    Of a tree or a copied draft they are those of a chain of as many heads: what more its nodes read is in caches.
+    """
+    if arm.other_weights:
+        return None
+    device = next(model.parameters()).device
+    try:
+        return bytes_per_step(model, torch.tensor(prompt, device=device), num_draft_tokens=arm.heads)
+    except DecodingError:
+        return None
