@@ -7,6 +7,9 @@ hold leftovers of rejected drafts; the mask hides them and the next forward over
 them, so taking tokens back is only a matter of where the next forward starts. The nodes of a candidate tree lie in the
 slots from its root's on, in their order; the accepted path is then moved to where it belongs. Head layers are further
 layers of the same cache, at indices L, L+1, ...
+
+Memory follows the text: slots are allocated as they are needed, twice as many each time, up to the capacity, so every
+slot is copied less than twice on average and a text that ends early never takes what it could have taken.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ class SlotView:
 
 
 class RaggedLayer(CacheLayerMixin):  # type: ignore[misc]
-    """Keys and values of one layer, [B, H, C, D], allocated when the family first shows their shape and dtype."""
+    """Keys and values of one layer, [B, H, allocated slots, D], made when the family first shows their shape and dtype."""
 
     is_compileable = False
     is_croppable = False
@@ -57,9 +60,14 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[misc]
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate zeros: leftovers must be finite, since a masked slot still enters a product with weight 0."""
         batch, heads, _, width = key_states.shape
-        self.keys = key_states.new_zeros(batch, heads, self.owner.capacity, width)
-        self.values = value_states.new_zeros(batch, heads, self.owner.capacity, value_states.shape[-1])
+        self.keys = key_states.new_zeros(batch, heads, self.owner.allocated, width)
+        self.values = value_states.new_zeros(batch, heads, self.owner.allocated, value_states.shape[-1])
         self.is_initialized = True
+
+    def grow(self) -> None:
+        """Take as many slots as the cache now allocates; what they hold stays."""
+        self.keys = _with_slots(self.keys, self.owner.allocated)
+        self.values = _with_slots(self.values, self.owner.allocated)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the current forward's keys and values at its slots and return the visible ones."""
@@ -91,14 +99,24 @@ class RaggedCache(Cache):  # type: ignore[misc]
     """One `RaggedLayer` per layer of base and heads, all written at the slots that `begin` names.
 
     Attributes:
-        capacity: slots per row.
+        capacity: the most slots per row.
+        allocated: slots per row that the layers have now.
         views: one per attention window, shared by its layers.
         position: first slot of the current forward where all rows share it.
         width: M of the current forward.
         slots_BM: slots of the current forward where rows differ, else None.
+        hidden: head layer -> bool [B, C], slots that hold nothing for it (`headway.decoding.gaps`).
     """
 
-    def __init__(self, windows: Sequence[int | None], *, batch: int, capacity: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        windows: Sequence[int | None],
+        *,
+        batch: int,
+        capacity: int,
+        device: torch.device,
+        initial: int | None = None,
+    ) -> None:
         """Make empty layers.
 
         Args:
@@ -106,12 +124,15 @@ class RaggedCache(Cache):  # type: ignore[misc]
             batch: B.
             capacity: C.
             device: where positions live.
+            initial: slots to begin with; None for all of them at once.
         """
         self.views: dict[int | None, SlotView] = {window: SlotView(window) for window in windows}
         self.capacity = capacity
+        self.allocated = capacity if initial is None else max(1, min(initial, capacity))
         self.position = 0
         self.width = 0
         self.slots_BM: Tensor | None = None
+        self.hidden: dict[int, Tensor] = {}
         self.rows_B1 = torch.arange(batch, device=device)[:, None]
         super().__init__(layers=[RaggedLayer(self, self.views[window]) for window in windows])
 
@@ -121,7 +142,7 @@ class RaggedCache(Cache):  # type: ignore[misc]
         Raises:
             DecodingError: beyond the capacity.
         """
-        self._check_room(position + width)
+        self._make_room(position + width)
         self.position, self.width, self.slots_BM = position, width, None
         for view in self.views.values():
             view.cover(position, position + width)
@@ -132,7 +153,7 @@ class RaggedCache(Cache):  # type: ignore[misc]
         Raises:
             DecodingError: beyond the capacity.
         """
-        self._check_room(end)
+        self._make_room(end)
         self.position, self.width, self.slots_BM = first, slots_BM.shape[1], slots_BM
         for view in self.views.values():
             view.cover(first, end)
@@ -143,6 +164,15 @@ class RaggedCache(Cache):  # type: ignore[misc]
         """What every attention layer calls: store, and return what it may look at."""
         keys, values = self.layers[layer_idx].update(key_states, value_states)
         return keys, values
+
+    def hide(self, index: int, value: Any) -> Any:
+        """Where `value` is a mask [B or 1, 1, M, S] of layer `index`: the same without that layer's hidden slots."""
+        hidden_BC = self.hidden.get(index)
+        if hidden_BC is None or not isinstance(value, Tensor) or value.ndim != 4:
+            return value
+        view = self.layers[index].view
+        hidden_B11S = hidden_BC[:, None, None, view.start : view.start + view.length]
+        return value.expand(hidden_BC.shape[0], -1, -1, -1).masked_fill(hidden_B11S, torch.finfo(value.dtype).min)
 
     def move(self, from_BA: Tensor, to_BA: Tensor) -> None:
         """Copy slots of every row, in all layers: what an accepted path of a tree does before the next block.
@@ -156,9 +186,22 @@ class RaggedCache(Cache):  # type: ignore[misc]
                 layer.keys[self.rows_B1, :, to_BA] = layer.keys[self.rows_B1, :, from_BA]
                 layer.values[self.rows_B1, :, to_BA] = layer.values[self.rows_B1, :, from_BA]
 
-    def _check_room(self, end: int) -> None:
+    def _make_room(self, end: int) -> None:
         if end > self.capacity:
             raise DecodingError(f"the cache holds {self.capacity} slots per row, {end} are needed; make it larger")
+        if end > self.allocated:
+            self.allocated = min(self.capacity, max(end, 2 * self.allocated))
+            # One layer after the other: no more than one is held twice at any time.
+            for layer in self.layers:
+                if layer.is_initialized:
+                    layer.grow()
+
+
+def _with_slots(old_BHSD: Tensor, slots: int) -> Tensor:
+    batch, heads, filled, width = old_BHSD.shape
+    new_BHSD = old_BHSD.new_zeros(batch, heads, slots, width)
+    new_BHSD.narrow(2, 0, filled).copy_(old_BHSD)
+    return new_BHSD
 
 
 def attention_windows(config: Any, *, num_heads: int) -> list[int | None]:
