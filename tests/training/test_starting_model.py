@@ -84,7 +84,7 @@ def test_heads_of_another_kind_are_refused_unless_all_are_dropped(tmp_path):
     model = saved(tmp_path / "medusa", layers=2, heads="medusa", blocks_per_head=2)
     with pytest.raises(ConfigError, match=r"has heads with blocks_per_head=2: got blocks_per_head=1"):
         model_from_folder(tmp_path / "medusa", wanted(3, heads="medusa"))
-    with pytest.raises(ConfigError, match=r"has heads with blocks_per_head=2|has heads with heads=medusa"):
+    with pytest.raises(ConfigError, match=r"has heads with heads=medusa, blocks_per_head=2: got heads=transformer, "):
         model_from_folder(tmp_path / "medusa", wanted(3))
     again = model_from_folder(tmp_path / "medusa", wanted(3, heads="medusa", blocks_per_head=2)).eval()
     assert torch.equal(future(again), future(model))
@@ -98,6 +98,19 @@ def test_heads_in_the_next_token_path_stay_as_many_as_they_are(tmp_path):
     for other in (wanted(1), replace(same, num_future_tokens=2)):
         with pytest.raises(ConfigError, match="part of its next-token path"):
             model_from_folder(tmp_path / "a", other)
+    with pytest.raises(ConfigError) as refused:
+        model_from_folder(tmp_path / "a", wanted(2))
+    assert "has heads with wiring=anticausal: got wiring=parallel" in str(refused.value)
+    # n = 1 is refused for them, so it is no way out.
+    assert "drop the heads" not in str(refused.value)
+
+
+def test_a_pretrained_base_gets_no_heads_on_its_next_token_path_from_a_run(tmp_path):
+    model = saved(tmp_path / "n=1", n=1)
+    model.base.save_pretrained(tmp_path / "plain")
+    for name in ("n=1", "plain"):
+        with pytest.raises(ConfigError, match="leave init_from out and train from scratch"):
+            model_from_folder(tmp_path / name, wanted(3, wiring="anticausal"))
 
 
 def test_folders_that_are_no_model_or_a_damaged_one_are_refused(pretrained, tmp_path):

@@ -56,6 +56,7 @@ def model_from_folder(folder: Path, wanted: MultiTokenConfig) -> MultiTokenLM:
     Source: Gloeckle et al. 2024, section 3.6: finetuning with n' = 1 ("extra heads removed") and with n' = n.
     """
     if not has_heads(folder):
+        _check_new_heads(folder, wanted)
         return MultiTokenLM(_base(folder, folder), wanted)
     held = read_multi_token_config(folder)
     _check_same_heads(folder, held, wanted)
@@ -94,18 +95,27 @@ def _base(folder: Path, place: Path, **options: Any) -> Any:
         ) from error
 
 
+def _check_new_heads(folder: Path, wanted: MultiTokenConfig) -> None:
+    if wanted.changes_base and not wanted.allow_base_change:
+        raise ConfigError(
+            f"heads with wiring={wanted.wiring} become part of the next-token path, so that the weights of init_from="
+            f"{folder} would no longer be the model they were; leave init_from out and train from scratch, or choose "
+            f"another wiring"
+        )
+
+
 def _check_same_heads(folder: Path, held: MultiTokenConfig, wanted: MultiTokenConfig) -> None:
     if held.num_future_tokens == 1 or wanted.num_future_tokens == 1:
+        _check_new_heads(folder, wanted)
         if held.changes_base and wanted.num_future_tokens == 1:
             raise _other_number(folder, held, wanted)
         return
-    names = {"heads", *asdict(held.head_options)} - {"allow_base_change"}
-    for name in sorted(names):
-        if getattr(held, name) != getattr(wanted, name):
-            raise ConfigError(
-                f"init_from={folder} has heads with {name}={getattr(held, name)}: got {name}={getattr(wanted, name)}; "
-                f"set {name} to {getattr(held, name)}, or num_future_tokens to 1 to drop the heads"
-            )
+    names = ["heads", *sorted(asdict(held.head_options).keys() - {"allow_base_change"})]
+    other = [name for name in names if getattr(held, name) != getattr(wanted, name)]
+    if other:
+        has, got = (", ".join(f"{name}={getattr(side, name)}" for name in other) for side in (held, wanted))
+        drop = "" if held.changes_base else ", or num_future_tokens to 1 to drop the heads"
+        raise ConfigError(f"init_from={folder} has heads with {has}: got {got}; set these as the folder has them{drop}")
     if held.changes_base and held.num_future_tokens != wanted.num_future_tokens:
         raise _other_number(folder, held, wanted)
 
