@@ -76,7 +76,7 @@ class Comparison:
         return lines
 
 
-def compare_decoding(session: Session, num_draft_tokens: int | None) -> Comparison:
+def compare_decoding(session: Session, num_draft_tokens: int | str | None) -> Comparison:
     """Write both generations, then time further rounds of both in turns.
 
     The rounds take turns because the load of a machine drifts. The report gives the median of at most 5 rounds, which

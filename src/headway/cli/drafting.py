@@ -12,6 +12,27 @@ from headway.errors import ConfigError
 
 Command = Callable[..., Any]
 
+
+class DraftLength(click.ParamType):
+    """A whole number from 0 on, or auto."""
+
+    name = "K|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        """See `click.ParamType.convert`."""
+        if value == "auto":
+            return "auto"
+        try:
+            length = int(value)
+        except ValueError:
+            length = -1
+        if length < 0:
+            self.fail(f"{value!r} is neither a whole number from 0 on nor auto.", param, ctx)
+        return length
+
+
+DRAFT_LENGTH = DraftLength()
+
 EXECUTOR_FLAG: Callable[[Command], Command] = click.option(
     "--executor",
     type=click.Choice(["eager", "lean"]),

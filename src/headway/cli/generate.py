@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from headway.cli.console import DTYPES, emit_json, note
-from headway.cli.drafting import drafting_arguments, drafting_flags
+from headway.cli.drafting import DRAFT_LENGTH, drafting_arguments, drafting_flags
 from headway.cli.prompt import encode_prompt, read_prompt
 from headway.errors import ConfigError, DecodingError
 from headway.provenance import provenance
@@ -70,8 +70,9 @@ class Sampling:
 )
 @click.option(
     "--num-draft-tokens",
-    type=click.IntRange(min=0),
-    help="Drafted tokens per forward. Default: one per head; 0 decodes plainly.",
+    type=DRAFT_LENGTH,
+    help="Drafted tokens per forward. Default: one per head; 0 decodes plainly; auto measures costs and acceptance while it "
+    "decodes and drafts as much as pays, down to nothing.",
 )
 @click.option("--compare", is_flag=True, help="Decode plainly, then self-speculatively, and compare tokens and speed.")
 @click.option(
@@ -102,7 +103,7 @@ def generate_command(
     prompt: str | None,
     file: Path | None,
     max_new_tokens: int | None,
-    num_draft_tokens: int | None,
+    num_draft_tokens: int | str | None,
     compare: bool,
     show_blocks: bool,
     stop: tuple[str, ...],
@@ -191,7 +192,7 @@ def open_session(
     return Session(loaded, input_ids_1T, arguments, show_blocks)
 
 
-def _generated(session: Session, num_draft_tokens: int | None) -> dict[str, Any]:
+def _generated(session: Session, num_draft_tokens: int | str | None) -> dict[str, Any]:
     if not session.loaded.has_heads and not session.copies:
         note(f"{session.loaded.name} has no heads: one token per forward")
     generation = session.run(num_draft_tokens)
@@ -201,7 +202,7 @@ def _generated(session: Session, num_draft_tokens: int | None) -> dict[str, Any]
     return generation.to_json()
 
 
-def _compared(session: Session, num_draft_tokens: int | None) -> dict[str, Any]:
+def _compared(session: Session, num_draft_tokens: int | str | None) -> dict[str, Any]:
     from headway.cli.compare import compare_decoding
 
     if not session.loaded.has_heads and not session.copies:
@@ -215,7 +216,7 @@ def _compared(session: Session, num_draft_tokens: int | None) -> dict[str, Any]:
     return comparison.to_json()
 
 
-def _check_comparable(sampling: Sampling, num_draft_tokens: int | None) -> None:
+def _check_comparable(sampling: Sampling, num_draft_tokens: int | str | None) -> None:
     if sampling.asked_for:
         raise ConfigError(
             "--compare is for greedy decoding, whose tokens must be equal: leave --temperature, --top-p, --top-k, --min-p "

@@ -6,6 +6,7 @@ Imported only when a command generates: it needs torch.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +61,7 @@ class TimedGeneration:
             "tokens_per_forward": self.result.acceptance.mean_acceptance_length,
             "acceptance": self.result.acceptance.to_dict(),
             "interrupted": self.interrupted,
-        }
+        } | ({} if self.result.control is None else {"control": self.result.control.to_dict()})
 
     def summary(self) -> str:
         """One line for a person."""
@@ -72,6 +73,9 @@ class TimedGeneration:
         )
         if int(acceptance.forwards[0]):
             line += f", {acceptance.mean_acceptance_length:.2f} tokens per forward"
+        if self.result.control is not None:
+            lengths = Counter(self.result.control.lengths[1:])
+            line += "; drafts of " + ", ".join(f"{length}: {lengths[length]}" for length in sorted(lengths))
         return line
 
 
@@ -101,14 +105,14 @@ class Session:
         """Whether drafts are copied from the text, which needs no heads."""
         return "lookup" in self.arguments.get("drafts", "heads")
 
-    def deepest_draft(self, num_draft_tokens: int | None) -> int:
+    def deepest_draft(self, num_draft_tokens: int | str | None) -> int:
         """Tokens of the longest draft."""
         asked = {name: self.arguments[name] for name in OPTION_NAMES if name in self.arguments}
         options = DecodingOptions(**(asked | {"num_draft_tokens": num_draft_tokens}))
         return plan_drafts(options, self.loaded.model, do_sample=bool(self.arguments.get("do_sample"))).depth
 
     def run(
-        self, num_draft_tokens: int | None, *, write: bool = True, max_new_tokens: int | None = None
+        self, num_draft_tokens: int | str | None, *, write: bool = True, max_new_tokens: int | None = None
     ) -> TimedGeneration:
         """Generate once.
 
@@ -153,7 +157,7 @@ class Session:
             interrupted=interrupted,
         )
 
-    def stream(self, num_draft_tokens: int | None, max_new_tokens: int) -> BlockStream:
+    def stream(self, num_draft_tokens: int | str | None, max_new_tokens: int) -> BlockStream:
         """The forwards of one generation, to be run by whoever iterates."""
         model = self.loaded.model
         input_ids_1T = self.input_ids_1T.to(next(model.parameters()).device)

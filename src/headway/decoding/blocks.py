@@ -45,7 +45,7 @@ class BlockStream(Iterator[list[list[int]]]):
 
 
 def stream_blocks(
-    model: Any, input_ids: Tensor | None = None, *, num_draft_tokens: int | None = None, **kwargs: Any
+    model: Any, input_ids: Tensor | None = None, *, num_draft_tokens: int | str | None = None, **kwargs: Any
 ) -> BlockStream:
     """Generate, handing out the tokens of every forward as it happens.
 

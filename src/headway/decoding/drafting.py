@@ -37,6 +37,11 @@ class Block:
     draft_probs: Sequence[Mapping[int, Tensor]] | None = None
     absent: Sequence[frozenset[int]] | None = None
 
+    @property
+    def depth(self) -> int:
+        """Drafted tokens of the longest path."""
+        return self.tokens_BM.shape[1] - 1 if self.tree is None else self.tree.depth
+
 
 @dataclass(frozen=True)
 class Standing:

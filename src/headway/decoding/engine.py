@@ -30,8 +30,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ from transformers.generation.logits_process import (
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from headway.decoding.choosing import Chooser, GreedyChooser
+from headway.decoding.controller import DraftController, StepTime
 from headway.decoding.drafting import ChainDrafter, Drafter, DrawnDrafter, LookupDrafter, TreeDrafter
 from headway.decoding.executor import EagerExecutor
 from headway.decoding.history import History, PrefixGate
@@ -119,6 +121,9 @@ def decoding_context(model: Any) -> Iterator[None]:
 
 class Engine:
     """The decoding engine that `MultiTokenLM` delegates to."""
+
+    def __init__(self) -> None:
+        self._step_times: WeakKeyDictionary[Any, dict[Any, dict[int, StepTime]]] = WeakKeyDictionary()
 
     def generate(self, model: Any, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """Generate as `transformers.GenerationMixin.generate` would, with several tokens per forward.
@@ -312,7 +317,14 @@ class Engine:
             acceptance_rule=request.options.acceptance,
             lossless=lossy is None,
             recorder=recorder,
+            controller=self._controller(model, executor, plan, prompts) if plan.controlled else None,
         )
+
+    def _controller(self, model: Any, executor: EagerExecutor, plan: DraftPlan, prompts: Prompts) -> DraftController:
+        """One that knows what earlier generations of the same model and batch measured."""
+        kind = (type(executor), prompts.batch, plan.tree, plan.sampled, torch.get_num_threads())
+        times = self._step_times.setdefault(model, {}).setdefault(kind, {})
+        return DraftController(plan.depth, times=times)
 
     def _respect_state(
         self, plan: DraftPlan, options: DecodingOptions, logits_processor: Any, *, do_sample: bool
@@ -321,7 +333,8 @@ class Engine:
         for processor in logits_processor:
             if plan.depth and isinstance(processor, _STATEFUL_PROCESSORS):
                 name = type(processor).__name__
-                if do_sample and options == DecodingOptions(seed=options.seed):
+                asked = replace(options, num_draft_tokens=None) if plan.controlled else options
+                if do_sample and asked == DecodingOptions(seed=options.seed):
                     return PLAIN, f"{name} keeps a state from token to token: one token was drawn per forward"
                 raise DecodingError(
                     f"{name} keeps a state from token to token, which drafted tokens would disturb; pass "
@@ -337,11 +350,23 @@ class Engine:
             lean = lean_model(model)
             if isinstance(lean, LeanModel):
                 return LeanExecutor(
-                    lean, prompts, max_new_tokens=max_new_tokens, num_draft_tokens=plan.heads, tree=plan.widest
+                    lean,
+                    prompts,
+                    max_new_tokens=max_new_tokens,
+                    num_draft_tokens=plan.heads,
+                    tree=plan.widest,
+                    changing=plan.controlled,
+                    prefill_chunk_tokens=options.prefill_chunk_tokens,
                 ), None
             logger.warning("no lean executor, the model runs eagerly: %s", lean)
         executor = EagerExecutor(
-            model, prompts, max_new_tokens=max_new_tokens, num_draft_tokens=plan.heads, tree=plan.widest
+            model,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            num_draft_tokens=plan.heads,
+            tree=plan.widest,
+            changing=plan.controlled,
+            prefill_chunk_tokens=options.prefill_chunk_tokens,
         )
         return executor, f"no lean executor: {lean}" if options.executor == "lean" else None
 

@@ -13,11 +13,17 @@ import torch
 from torch import Tensor
 
 from headway.decoding.cache import RaggedCache, attention_windows
+from headway.decoding.gaps import REREAD, HeadGaps
 from headway.decoding.masks import BlockMasks
+from headway.decoding.prefill import pieces, reads_at_once
 from headway.decoding.prompts import Prompts
+from headway.decoding.room import check_room
 from headway.functional.tree import Tree
 from headway.heads.base import DraftPoint
 from headway.model.output import OffsetHiddenStates
+
+FIRST_NEW_TOKENS = 64
+"""New tokens per row that the cache has room for before it grows."""
 
 Pick = Callable[[Tensor, int], Tensor]
 """(logits [B, V], offset) -> the drafted token of each row [B]."""
@@ -35,7 +41,15 @@ class EagerExecutor:
     """
 
     def __init__(
-        self, model: Any, prompts: Prompts, *, max_new_tokens: int, num_draft_tokens: int, tree: Tree | None = None
+        self,
+        model: Any,
+        prompts: Prompts,
+        *,
+        max_new_tokens: int,
+        num_draft_tokens: int,
+        tree: Tree | None = None,
+        changing: bool = False,
+        prefill_chunk_tokens: int | None = None,
     ) -> None:
         """Prepare the cache for prompts + new tokens + one draft.
 
@@ -45,6 +59,11 @@ class EagerExecutor:
             max_new_tokens: the most tokens a row can get.
             num_draft_tokens: K of the heads; without drafts of theirs the cache has no head layers.
             tree: the largest block; None for a chain of the heads' drafts.
+            changing: whether drafts may be shorter than K at times, so that `num_offsets` changes from block to block.
+            prefill_chunk_tokens: the most tokens of a prompt that one forward reads; None reads any prompt in one.
+
+        Raises:
+            DecodingError: the cache at its limit takes more memory than is free.
         """
         width = num_draft_tokens + 1 if tree is None else len(tree)
         self._model = model
@@ -55,16 +74,31 @@ class EagerExecutor:
         # lie only drafts that the limit will cut, whose position does not matter as long as the model has it.
         self._last_position = max(prompts.lengths) + max_new_tokens - 2
         self._lookback: int = model.heads.lookback(num_draft_tokens)
-        self.cache = RaggedCache(
-            attention_windows(model.config, num_heads=model.heads.cache_layers(num_draft_tokens)),
+        most_repeated = max(self._lookback, REREAD) if changing else self._lookback
+        self._chunk = None if reads_at_once(model.config) else prefill_chunk_tokens
+        self._num_draft_tokens = num_draft_tokens
+        self._head_layers: int = model.heads.cache_layers(num_draft_tokens)
+        capacity = max(prompts.lengths) + max_new_tokens + width - 1 + most_repeated
+        check_room(
+            model,
             batch=prompts.batch,
-            capacity=max(prompts.lengths) + max_new_tokens + width - 1 + self._lookback,
-            device=self.device,
+            capacity=capacity,
+            num_head_layers=self._head_layers,
+            max_new_tokens=max_new_tokens,
         )
+        self.cache = RaggedCache(
+            attention_windows(model.config, num_heads=self._head_layers),
+            batch=prompts.batch,
+            capacity=capacity,
+            device=self.device,
+            initial=capacity - max_new_tokens + FIRST_NEW_TOKENS,
+        )
+        self._gaps = HeadGaps(model.heads, self.cache, longest=num_draft_tokens) if changing else None
+        self._repeats = bool(self._lookback or (self._gaps is not None and self._gaps.reread))
         self._masks = BlockMasks(
             model.config,
             self.cache,
-            width=width + self._lookback,
+            width=width + most_repeated,
             dtype=embedding.dtype,
             device=self.device,
         )
@@ -76,10 +110,12 @@ class EagerExecutor:
         """Read the prompts; hidden states [B, 1, D] at each row's last token."""
         ids_BP = self._prompts.ids_BP.to(self.device)
         columns = ids_BP.shape[1]
-        self.cache.begin_aligned(0, columns)
-        if self._lookback:
+        if self._repeats:
             self._text_BC = torch.zeros_like(self._positions_BC)
             self._text_BC[:, :columns] = ids_BP
+        if self._chunk is not None and columns > self._chunk:
+            return self._prefill_in_pieces(ids_BP, self._chunk, num_offsets=num_offsets)
+        self.cache.begin_aligned(0, columns)
         # Without a mask the family makes its own causal or windowed one, or none at all where attention can do without.
         # Filler at the end of short rows is behind every real token's back and its slots are overwritten later.
         states = self._run(ids_BP, None, self._positions_BC.narrow(1, 0, columns), num_offsets)
@@ -88,6 +124,38 @@ class EagerExecutor:
         if min(self._prompts.lengths) == columns:
             return _select(states, slice(columns - 1, columns))
         return self._gather(states, last_B[:, None])
+
+    def _prefill_in_pieces(self, ids_BP: Tensor, chunk: int, *, num_offsets: int) -> OffsetHiddenStates:
+        """The same in forwards of at most `chunk` columns, each of which attends to what the cache holds.
+
+        No forward is needed for more than its keys and values, but the last one: it is a block of each row's last token,
+        which gives everything that decoding and heads that draft in turn go on from, wherever in the batch's columns that
+        token stands. Filler that short rows were read with lies behind it and is overwritten in time.
+        """
+        columns = ids_BP.shape[1]
+        # Heads without keys and values have nothing to keep of a prompt.
+        head_offsets = 1 + self._num_draft_tokens if self._head_layers else 1
+        for start, end in pieces(columns - 1, chunk):
+            self.cache.begin_aligned(start, end - start)
+            slots_BM = self._positions_BC[:, start:end]
+            mask = self._masks.ragged(slots_BM[:1]) if start else None
+            states = self._run(ids_BP[:, start:end], mask, slots_BM, head_offsets)
+            if self._model.heads.reads_tokens and self._head_layers:
+                self._read_on(states, ids_BP, start, end)
+        last_B = torch.tensor(self._prompts.lengths, device=self.device) - 1
+        last_B1 = ids_BP.gather(1, last_B[:, None])
+        return self.block(last_B1, last_B.tolist(), num_offsets=num_offsets)
+
+    def _read_on(self, states: OffsetHiddenStates, ids_BP: Tensor, start: int, end: int) -> None:
+        """Let heads that read tokens store a piece's keys and values, with the text after it in place of a draft."""
+        assert states.head_inputs is not None
+        ends_B = torch.full_like(self._rows_B, end - start - 1)
+        point = DraftPoint(states.head_inputs, states.future_hidden, ids_BP[:, start:end], ends_B)
+        step = self._model.heads.begin_draft(point)
+        last = ids_BP.shape[1] - 1
+        for depth in range(1, self._num_draft_tokens + 1):
+            # Entries that would need tokens behind the prompt are made again with the block that follows.
+            step(depth + 1, ids_BP[:, min(end - 1 + depth, last)])
 
     def block(self, block_BM: Tensor, positions: Sequence[int], *, num_offsets: int) -> OffsetHiddenStates:
         """One forward of base and heads over a block.
@@ -100,8 +168,9 @@ class EagerExecutor:
         Returns:
             Hidden states [B, M, D]; offset 1 after the final norm, the others before it.
         """
-        if self._lookback:
-            return self._block_with_lookback(block_BM, positions, num_offsets=num_offsets)
+        if self._repeats:
+            back = self._lookback if self._gaps is None else self._gaps.begin(positions, num_offsets - 1)
+            return self._block_after(back, block_BM, positions, num_offsets=num_offsets)
         states = self._block(block_BM, positions, num_offsets=num_offsets)
         self._remember(states, block_BM, torch.zeros_like(self._rows_B))
         return states
@@ -132,6 +201,9 @@ class EagerExecutor:
         Returns:
             Hidden states [B, R, D].
         """
+        if self._gaps is not None:
+            self._gaps.begin(positions, num_offsets - 1, room=False)
+        self._tree_block_BR = block_BR
         width, low, high = len(tree), min(positions), max(positions)
         depths_R = torch.tensor(tree.depths, device=self.device)
         if low == high:
@@ -152,6 +224,10 @@ class EagerExecutor:
             paths: per row the accepted nodes of the last tree, from below its root downwards.
             positions: of the roots.
         """
+        if self._repeats:
+            for row, (at, path) in enumerate(self._each(positions, paths)):
+                nodes = torch.tensor([0, *path], device=self.device)
+                self._text_BC[row, at : at + len(nodes)] = self._tree_block_BR[row, nodes]
         if all(tuple(path) == tuple(range(1, len(path) + 1)) for path in paths):
             return
         longest = max(map(len, paths))
@@ -169,14 +245,18 @@ class EagerExecutor:
     def _each(positions: Sequence[int], paths: Sequence[Sequence[int]]) -> list[tuple[int, Sequence[int]]]:
         return list(zip(positions, paths, strict=True))
 
-    def _block_with_lookback(
-        self, block_BM: Tensor, positions: Sequence[int], *, num_offsets: int
+    def _block_after(
+        self, back: int, block_BM: Tensor, positions: Sequence[int], *, num_offsets: int
     ) -> OffsetHiddenStates:
         """The same over a window that begins earlier; what lies behind a short row's block is overwritten in time."""
         position_B1 = torch.tensor(positions, device=self.device)[:, None]
         columns_1M = self._positions_BC[:1, : block_BM.shape[1]]
         self._text_BC.scatter_(1, position_B1 + columns_1M, block_BM)
-        back = min(self._lookback, max(positions))
+        back = min(back, max(positions))
+        if back == 0:
+            states = self._block(block_BM, positions, num_offsets=num_offsets)
+            self._remember(states, block_BM, torch.zeros_like(self._rows_B))
+            return states
         starts = [max(0, position - back) for position in positions]
         start_B1 = torch.tensor(starts, device=self.device)[:, None]
         window_BW = self._text_BC.gather(1, start_B1 + self._positions_BC[:1, : back + block_BM.shape[1]])

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from headway.decoding.choosing import Chooser, Emission
+from headway.decoding.controller import DraftController, RowStep
 from headway.decoding.drafting import Block, Drafter, Standing
 from headway.decoding.executor import EagerExecutor
 from headway.decoding.prompts import Prompts
@@ -47,6 +48,7 @@ class DecodingLoop:
         acceptance_rule: goes into the result.
         lossless: goes into the result.
         recorder: what goes into the result as scores and logits.
+        controller: shortens drafts; None where they are always as long as they can be.
         rows: per row what each forward gave, the prefill first.
         interrupted: set by Ctrl-C.
     """
@@ -66,6 +68,7 @@ class DecodingLoop:
     acceptance_rule: str = "exact"
     lossless: bool = True
     recorder: Recorder | None = None
+    controller: DraftController | None = None
     rows: list[list[RowForward]] = field(init=False)
     interrupted: bool = field(default=False, init=False)
 
@@ -102,8 +105,11 @@ class DecodingLoop:
         Returns:
             Per row the tokens that it emitted; empty for a row that had ended before.
         """
+        # Decided before anything of this forward is known: its tokens follow the model's law whatever the length.
+        longest = self.num_draft_tokens if self.controller is None else self.controller.begin()
         # A forward emits at least one token per row, so heads are needed for what can follow after that.
-        num_offsets = 1 + min(self.num_heads, max(0, max(self._rooms) - 2))
+        num_offsets = 1 + min(self.num_heads, longest, max(0, max(self._rooms) - 2))
+        first = self._block is None
         if self._block is None:
             block = Block(self.prompts.ids_BP[:, -1:])
             states = self.executor.prefill(num_offsets=num_offsets)
@@ -125,7 +131,9 @@ class DecodingLoop:
         self._commit(emissions, block)
         self._stream()
         if not self.finished:
-            self._block = self._next_block(states, emissions)
+            self._block = self._next_block(states, emissions, longest)
+        if self.controller is not None and self._block is not None:
+            self._tell(self.controller, emissions, block, self._block, first=first)
         return [emission.tokens if emission else [] for emission in emissions]
 
     def _forward(self, block: Block, num_offsets: int) -> OffsetHiddenStates:
@@ -149,11 +157,29 @@ class DecodingLoop:
             self._positions[row] += count
             self._rooms[row] = 0 if emission.finished else self._rooms[row] - count
 
-    def _next_block(self, states: OffsetHiddenStates, emissions: list[Emission | None]) -> Block:
+    def _tell(
+        self,
+        controller: DraftController,
+        emissions: list[Emission | None],
+        block: Block,
+        following: Block,
+        *,
+        first: bool,
+    ) -> None:
+        last = [rows[-1] for rows, emission in zip(self.rows, emissions, strict=True) if emission is not None]
+        controller.end(
+            [RowStep(forward.drafted, forward.accepted, len(forward.tokens)) for forward in last],
+            verified=block.depth,
+            # After the end nothing is drafted, which is no length to learn about.
+            prepared=following.depth,
+            measured=not first and not self.finished,
+        )
+
+    def _next_block(self, states: OffsetHiddenStates, emissions: list[Emission | None], longest: int) -> Block:
         # An ended row keeps its place in the batch; what it is fed no longer matters.
         last = [emission.tokens[-1] if emission else 0 for emission in emissions]
         last_B1 = torch.tensor(last, device=self.executor.device)[:, None]
-        depth = min(self.num_draft_tokens, max(self._rooms) - 1)
+        depth = min(longest, max(self._rooms) - 1)
         if depth == 0 or self.drafter is None:
             return Block(last_B1)
         standing = Standing(
@@ -203,4 +229,5 @@ class DecodingLoop:
             num_new_tokens=torch.tensor(lengths, dtype=torch.long),
             scores=record.steps(record.scores, lengths) if record and record.with_scores else None,
             logits=record.steps(record.logits, lengths) if record and record.with_logits else None,
+            control=None if self.controller is None else self.controller.report(),
         )

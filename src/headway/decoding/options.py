@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
+from headway.decoding.prefill import DEFAULT_CHUNK_TOKENS
 from headway.decoding.refusals import resolve_num_draft_tokens
 from headway.errors import DecodingError
 from headway.functional.acceptance import (
@@ -37,7 +38,8 @@ class DecodingOptions:
 
     Attributes:
         num_draft_tokens: tokens that the heads draft per forward, 0..n-1; None for n - 1; 0 decodes plainly, whatever else
-            is asked.
+            is asked; "auto" lets measured costs and acceptance choose before every forward, down to 0
+            (`headway.decoding.controller`).
         drafts: where drafts come from: the model's "heads", "lookup" (copied from the text so far, after its last
             tokens' previous occurrence; needs no heads), or both in one tree, "heads+lookup".
         tree: candidates that one forward verifies: None for a chain, a number of drafted tokens for the default tree of
@@ -59,9 +61,12 @@ class DecodingOptions:
         executor: what runs the model: "eager", the Hugging Face model as it is; "lean", fused blocks with the same
             weights in a layout that reads faster (`headway.decoding.lean`; takes the memory of a second copy of them).
             A model that has no lean form runs eagerly, and the result's note says why.
+        prefill_chunk_tokens: the most tokens of a prompt that one forward reads: longer prompts are read in pieces, which
+            keeps memory from growing with the square of their length; the text is the same. None reads any prompt in one
+            forward, as do models whose rotary frequencies depend on the length ("dynamic", "longrope").
     """
 
-    num_draft_tokens: int | None = None
+    num_draft_tokens: int | Literal["auto"] | None = None
     drafts: DraftsName = "heads"
     tree: int | Sequence[Sequence[int]] | None = None
     sample_drafts: bool = False
@@ -74,6 +79,7 @@ class DecodingOptions:
     lookup_ngram: int = 3
     seed: int | Sequence[int] | None = None
     executor: ExecutorName = "eager"
+    prefill_chunk_tokens: int | None = DEFAULT_CHUNK_TOKENS
 
     def __post_init__(self) -> None:
         _check_choice("drafts", self.drafts, get_args(DraftsName))
@@ -82,9 +88,18 @@ class DecodingOptions:
         for name in ("acceptance_top_k", "num_lookup_tokens", "lookup_ngram"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise DecodingError(f"{name} must be a whole number of at least 1: got {getattr(self, name)!r}")
+        chunk = self.prefill_chunk_tokens
+        if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
+            raise DecodingError(
+                f"prefill_chunk_tokens must be a whole number of at least 1, or None for prompts in one piece: got {chunk!r}"
+            )
         for name in ("posterior_threshold", "posterior_alpha", "acceptance_distance"):
             if not isinstance(getattr(self, name), int | float) or getattr(self, name) < 0:
                 raise DecodingError(f"{name} must be a number of at least 0: got {getattr(self, name)!r}")
+        if self.num_draft_tokens == "auto" and self.drafts != "heads":
+            raise DecodingError(
+                f"num_draft_tokens='auto' chooses how much the heads draft: got drafts={self.drafts!r}; leave one of them out"
+            )
         if self.tree is not None and self.drafts == "lookup":
             raise DecodingError(
                 "a tree is made of the heads' candidates: pass drafts='heads' or 'heads+lookup' with it"
@@ -129,12 +144,14 @@ class DraftPlan:
         tree: of the heads' candidates, without a copied branch.
         lookup: tokens of the copied branch, 0 where nothing is copied.
         sampled: whether drafts are drawn.
+        controlled: whether a controller may shorten them.
     """
 
     heads: int
     tree: Tree
     lookup: int
     sampled: bool
+    controlled: bool = False
 
     @property
     def widest(self) -> Tree:
@@ -177,7 +194,7 @@ def plan_drafts(options: DecodingOptions, model: Any, *, do_sample: bool) -> Dra
         tree = _asked_tree(options.tree, heads, vocabulary=model.get_input_embeddings().num_embeddings)
     if heads == 0:
         return DraftPlan(0, tree, lookup, sampled=False)
-    plan = DraftPlan(tree.depth, tree, lookup, options.sample_drafts)
+    plan = DraftPlan(tree.depth, tree, lookup, options.sample_drafts, controlled=options.num_draft_tokens == "auto")
     if model.heads.autoregressive and not plan.widest.is_chain:
         raise DecodingError(
             f"{model.mtp_config.heads} heads draft one token after the other, and only a chain: leave tree out and pass "

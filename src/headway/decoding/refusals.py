@@ -38,7 +38,7 @@ _OPTIONS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "output_attentions": ("attention weights", _set),
     "output_hidden_states": ("hidden states", _set),
     "cache_implementation": ("another kind of cache", lambda value: value not in (None, "hybrid", "dynamic")),
-    "prefill_chunk_size": ("a prefill in chunks", _set),
+    "prefill_chunk_size": ("a prefill in chunks (here prefill_chunk_tokens=...)", _set),
     "token_healing": ("token healing", _set),
 }
 
@@ -126,17 +126,19 @@ def check_leftovers(model_kwargs: Mapping[str, Any]) -> None:
         raise DecodingError(f"generate does not pass {names} on to the model; leave it out, or {_ELSEWHERE}")
 
 
-def resolve_num_draft_tokens(num_draft_tokens: int | None, *, num_future_tokens: int) -> int:
-    """K: the heads' number unless the caller asks for less.
+def resolve_num_draft_tokens(num_draft_tokens: int | str | None, *, num_future_tokens: int) -> int:
+    """K: the heads' number unless the caller asks for less; with "auto" the most that the controller can choose.
 
     Raises:
         DecodingError: negative, or more than there are heads.
     """
     heads = num_future_tokens - 1
-    if num_draft_tokens is None:
+    if num_draft_tokens is None or num_draft_tokens == "auto":
         return heads
     if isinstance(num_draft_tokens, bool) or not isinstance(num_draft_tokens, int):
-        raise DecodingError(f"num_draft_tokens must be a whole number in 0..{heads}: got {num_draft_tokens!r}")
+        raise DecodingError(
+            f"num_draft_tokens must be a whole number in 0..{heads} or 'auto': got {num_draft_tokens!r}"
+        )
     if not 0 <= num_draft_tokens <= heads:
         raise DecodingError(
             f"num_draft_tokens must be in 0..{heads} (num_future_tokens - 1): got {num_draft_tokens}; 0 decodes one "

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from headway.decoding.controller import ControlReport
+
 DecodingMode = Literal["self-speculative", "plain"]
 
 
@@ -131,6 +133,7 @@ class GenerationResult(ModelOutput):  # type: ignore[misc]
         num_new_tokens: int64 [B], new tokens of each row, without padding.
         scores: with `output_scores`, per new token the processed scores [B, V] that decided it; NaN after a row's end.
         logits: with `output_logits`, the same before processing.
+        control: with `num_draft_tokens="auto"`, the lengths chosen and the costs and acceptance they were chosen for.
     """
 
     sequences: Tensor
@@ -142,3 +145,4 @@ class GenerationResult(ModelOutput):  # type: ignore[misc]
     num_new_tokens: Tensor = None  # type: ignore[assignment]
     scores: tuple[Tensor, ...] | None = None
     logits: tuple[Tensor, ...] | None = None
+    control: ControlReport | None = None

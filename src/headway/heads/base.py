@@ -56,7 +56,14 @@ class LayerCall:
 
     def replay(self, layer: nn.Module, hidden_BTD: Tensor | None = None) -> Tensor:
         """Call another layer of the same family on the same input (or on `hidden_BTD`), with the same arguments."""
-        output = layer(self.hidden_BTD if hidden_BTD is None else hidden_BTD, *self.args, **self.kwargs)
+        args, kwargs = self.args, self.kwargs
+        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+        if getattr(cache, "hidden", None):
+            # The decoding engine's cache, with slots that hold nothing for this layer though they do for the base.
+            index = next(module.layer_idx for module in layer.modules() if hasattr(module, "layer_idx"))
+            args = tuple(cast(Any, cache).hide(index, value) for value in args)
+            kwargs = {name: cast(Any, cache).hide(index, value) for name, value in kwargs.items()}
+        output = layer(self.hidden_BTD if hidden_BTD is None else hidden_BTD, *args, **kwargs)
         return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
     def without_cache(self) -> LayerCall:

@@ -9,7 +9,7 @@ their architecture: where they call a decoder layer of the family, they get the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -39,7 +39,10 @@ class LeanCall(LayerCall):
         """See `LayerCall.replay`."""
         index = cast(Any, layer).self_attn.layer_idx
         hidden_BMD = self.hidden_BTD if hidden_BTD is None else hidden_BTD
-        return self.layers[id(layer)](hidden_BMD, self.run, cache_index=index)
+        run = self.run
+        if getattr(run.cache, "hidden", None):
+            run = replace(run, masks={window: run.cache.hide(index, mask) for window, mask in run.masks.items()})
+        return self.layers[id(layer)](hidden_BMD, run, cache_index=index)
 
     def without_cache(self) -> LeanCall:
         """See `LayerCall.without_cache`."""
