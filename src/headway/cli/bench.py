@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,6 +13,7 @@ from headway.errors import ConfigError, DecodingError
 
 if TYPE_CHECKING:
     from headway.cli.models import LoadedModel
+    from headway.experiments.bench.generation import Limits
 
 EXIT_DIFFERENT = 1
 
@@ -55,7 +56,12 @@ EXIT_DIFFERENT = 1
 )
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of the weights. Default: as saved.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: torch's own choice.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the sampled generations.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Time drawn texts instead of greedy ones, which small models loop in. Default: greedy.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of drawn texts.")
 @click.option(
     "--output",
     type=click.Path(path_type=Path, file_okay=False),
@@ -80,16 +86,17 @@ def bench_command(
     gguf: tuple[Path, ...],
     dtype: str | None,
     threads: int | None,
+    temperature: float | None,
     seed: int,
     output: Path | None,
     overwrite: bool,
 ) -> None:
     """Measure every way to decode a model on this machine.
 
-    MODEL is a headway folder; a plain Hugging Face folder works too. All arms are greedy, take turns prompt by prompt,
-    and are compared within rounds: medians with 95 % intervals. Speed-ups are over the fastest plain engine of the run,
+    MODEL is a headway folder; a plain Hugging Face folder works too. The arms take turns, prompt by prompt, and are
+    compared within rounds: medians with 95 % intervals. Speed-ups are over the fastest plain engine of the run,
     prefill apart. Token ids are counted, none behind an end of text; texts that loop are counted and left out of the
-    headline. Arms that cannot run are listed with the reason.
+    headline (--temperature gives texts that do not). Arms that cannot run are listed with the reason.
 
     The last line of stdout is one JSON document. The status is 1 where a greedy text differs from plain decoding's by
     more than a near-tie (float32 and float64; in half precision differences are counted only).
@@ -116,7 +123,6 @@ def bench_command(
         batches=_numbers(batch, "--batch"),
         rounds=rounds,
         warmup=warmup,
-        seed=seed,
     )
     if output is not None:
         check_folder(output, overwrite=overwrite)
@@ -143,7 +149,7 @@ def bench_command(
             loaded.model,
             prompts,
             options,
-            _limits(loaded, max_new_tokens),
+            _limits(loaded, max_new_tokens, temperature, seed),
             name=loaded.name,
             progress=lambda line: status.update(line),
         )
@@ -185,7 +191,7 @@ def _lengths(loaded: LoadedModel, prompt_tokens: int | None, max_new_tokens: int
     return prompt, new
 
 
-def _limits(loaded: LoadedModel, max_new_tokens: int) -> Any:
+def _limits(loaded: LoadedModel, max_new_tokens: int, temperature: float | None, seed: int) -> Limits:
     from headway.experiments.bench.generation import Limits
 
     end = loaded.model.generation_config.eos_token_id
@@ -193,4 +199,5 @@ def _limits(loaded: LoadedModel, max_new_tokens: int) -> Any:
         end = loaded.tokenizer.eos_token_id
     ends = () if end is None else (end,) if isinstance(end, int) else tuple(end)
     pad = loaded.tokenizer.pad_token_id
-    return Limits(max_new_tokens, ends, pad if pad is not None else ends[0] if ends else 0)
+    fill = pad if pad is not None else ends[0] if ends else 0
+    return Limits(max_new_tokens, ends, fill, temperature, seed)

@@ -153,7 +153,7 @@ def _decode(
     batch: PromptBatch,
     first_token: Callable[[], None],
 ) -> Generation:
-    return run_own(model, batch, limits.arguments() | arguments, first_token)
+    return run_own(model, batch, limits.own_arguments() | arguments, first_token)
 
 
 def run_own(

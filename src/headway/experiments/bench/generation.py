@@ -113,19 +113,30 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Limits:
-    """Where every arm stops.
+    """Where every arm stops, and whether it draws its tokens.
 
     Attributes:
         max_new_tokens: per row.
         end_token_ids: of the end of text; empty for none.
         pad_token_id: fills what is behind it.
+        temperature: at which tokens are drawn, from the whole vocabulary; None for greedy texts.
+        seed: of drawn texts.
     """
 
     max_new_tokens: int
     end_token_ids: tuple[int, ...]
     pad_token_id: int
+    temperature: float | None = None
+    seed: int = 0
 
     def arguments(self) -> dict[str, Any]:
         """Of `generate`, ours and Hugging Face's."""
         ends = {"eos_token_id": list(self.end_token_ids)} if self.end_token_ids else {}
-        return {"max_new_tokens": self.max_new_tokens, "pad_token_id": self.pad_token_id, "do_sample": False} | ends
+        limits = {"max_new_tokens": self.max_new_tokens, "pad_token_id": self.pad_token_id, **ends}
+        if self.temperature is None:
+            return limits | {"do_sample": False}
+        return limits | {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
+
+    def own_arguments(self) -> dict[str, Any]:
+        """Of this project's `generate`, in which one seed gives one text, with and without drafts."""
+        return self.arguments() | ({} if self.temperature is None else {"seed": self.seed})

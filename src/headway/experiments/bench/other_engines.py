@@ -50,7 +50,7 @@ def hugging_face(
     return [Arm(name, "transformers", None, plain, decode, one_row=not plain)]
 
 
-class _Counter(StoppingCriteria):
+class _Counter(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped here
     """Marks the first call; transformers asks once per forward."""
 
     def __init__(self, prompt_length: int, first_token: Callable[[], None]) -> None:
@@ -72,6 +72,8 @@ def _generate(
 ) -> Generation:
     length = batch.ids_BT.shape[1]
     counter = _Counter(length, first_token)
+    if limits.temperature is not None:
+        torch.manual_seed(limits.seed)
     sequences_BT = base.generate(
         batch.ids_BT,
         attention_mask=batch.mask_BT,
@@ -85,7 +87,7 @@ def _generate(
 
 
 def llama_cpp(files: Sequence[Path], limits: Limits) -> list[Arm | Skipped]:
-    """Plain greedy decoding by llama.cpp, one arm per GGUF file.
+    """Plain decoding by llama.cpp, one arm per GGUF file.
 
     Args:
         files: exported from the same model, in any precision: the text may differ, which is counted and told.
@@ -131,7 +133,9 @@ def _llama_generate(
     model = file.model(len(prompt) + limits.max_new_tokens + _CONTEXT_SLACK)
     model.reset()
     tokens: list[int] = []
-    for token in model.generate(prompt, temp=0.0, top_k=1, repeat_penalty=1.0):
+    # All tokens stay in the draw where there is one; 0 stands for no limit.
+    chosen = {"temp": 0.0, "top_k": 1} if limits.temperature is None else {"temp": limits.temperature, "top_k": 0}
+    for token in model.generate(prompt, **chosen, top_p=1.0, min_p=0.0, repeat_penalty=1.0):
         tokens.append(int(token))
         if len(tokens) == 1:
             first_token()

@@ -9,6 +9,7 @@ from typing import Any
 from headway.experiments.bench.charts import batch_chart, batch_curves, waterfall
 from headway.experiments.bench.table import (
     WordTable,
+    acceptance_table,
     headline_lines,
     skipped_lines,
     speed_table,
@@ -28,6 +29,11 @@ _READING = (
     "over rounds); ratios are of the same round. Speeds are those after the prefill, which has its own column. Tokens are "
     "token ids; none behind an end of text counts. Where a text loops (fewer than half of its 8-grams distinct), its call "
     "is left out of the headline: loops are easy to draft for."
+)
+_ACCEPTANCE_NOTE = (
+    "Tokens per forward, the model's own token included: on the timed texts that do not loop, on all of them, on texts drawn at "
+    "temperature 1, and along the prompts' own text (chains only). An arm breaks even with the fastest plain engine at "
+    "the tokens per forward that make up for its dearer forwards; acceptance on real text over that is what to expect there."
 )
 _STEP_NOTE = (
     "Verify: base and heads on the block, and the base's logits. Draft: the heads' logits and the next block. Rest: "
@@ -59,7 +65,8 @@ def _parts(document: Mapping[str, Any]) -> Iterator[str]:
         f"<header><h1>Decoding {escape(document['model'])}</h1><p>{document['parameters'] / 1e6:.1f} million parameters, "
         f"n = {document['num_future_tokens']}, {escape(setting['dtype'])} on {escape(setting['device'])}, "
         f"{setting['threads']} threads. {setting['num_prompts']} prompts of {length} tokens "
-        f"({escape(setting['prompts'])}), {setting['max_new_tokens']} new ones each, {setting['rounds']} rounds.</p>"
+        f"({escape(setting['prompts'])}), {setting['max_new_tokens']} new ones each, "
+        f"{_how(setting['temperature'])}, {setting['rounds']} rounds.</p>"
         f"</header><p class='note'>{escape(_READING)}</p>"
     )
     if not document["equal"]:
@@ -80,8 +87,11 @@ def _parts(document: Mapping[str, Any]) -> Iterator[str]:
     yield "<h2>Speed</h2>"
     for batch in document["batches"]:
         yield _table(speed_table(batch))
+    yield f"<h2>Acceptance</h2><p class='note'>{escape(_ACCEPTANCE_NOTE)}</p>"
+    for batch in document["batches"]:
+        if (acceptance := acceptance_table(batch)) is not None:
+            yield _table(acceptance)
     if (walk := walk_table(document)) is not None:
-        yield "<h2>Acceptance</h2>"
         yield _table(walk)
     yield f"<h2>Where a forward's time goes</h2><p class='note'>{escape(_STEP_NOTE)}</p>"
     for batch in document["batches"]:
@@ -94,6 +104,10 @@ def _parts(document: Mapping[str, Any]) -> Iterator[str]:
         f"{escape(str(origin['versions']['torch']))}, transformers {escape(str(origin['versions']['transformers']))}, "
         f"{escape(str(origin['machine']['cpu']))}. <code>{escape(' '.join(origin['argv']))}</code></p></footer>"
     )
+
+
+def _how(temperature: float | None) -> str:
+    return "greedy" if temperature is None else f"drawn at temperature {temperature:g}"
 
 
 def _table(words: WordTable) -> str:

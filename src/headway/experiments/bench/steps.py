@@ -5,6 +5,7 @@ Legend: B rows.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,13 +26,13 @@ MOST_BYTES_READ = 1 << 29
 
 @dataclass(frozen=True)
 class StepParts:
-    """Mean seconds of a forward's parts, over one generation apart from the timed rounds.
+    """Seconds of a forward's parts: medians over the forwards of one generation apart from the timed rounds.
 
     Attributes:
         verify: base and heads on the block, and the base's logits.
         draft: the heads' logits and the next block.
         rest: acceptance, the cache's bookkeeping, this loop.
-        forwards: that the mean is over.
+        forwards: that the medians are over.
     """
 
     verify: float
@@ -45,7 +46,12 @@ class _Timed:
 
     def __init__(self, inner: Any, methods: frozenset[str], clock: Clock) -> None:
         self._inner, self._methods, self._clock = inner, methods, clock
-        self.seconds = 0.0
+        self._seconds = 0.0
+
+    def take(self) -> float:
+        """Seconds since the last call of this."""
+        taken, self._seconds = self._seconds, 0.0
+        return taken
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._inner, name)
@@ -55,7 +61,7 @@ class _Timed:
         def call(*args: Any, **kwargs: Any) -> Any:
             start = self._clock.read()[0]
             given = found(*args, **kwargs)
-            self.seconds += self._clock.read()[0] - start
+            self._seconds += self._clock.read()[0] - start
             return given
 
         return call
@@ -63,7 +69,9 @@ class _Timed:
 
 def step_parts(model: MultiTokenLM, arm: Arm, batch: PromptBatch, limits: Limits, *, clock: Clock) -> StepParts | None:
     """Parts of an arm's forwards after the prefill; None where the first token ended every row."""
-    loop: Any = ENGINE.start(model, batch.ids_BT, attention_mask=batch.mask_BT, **(limits.arguments() | arm.arguments))
+    loop: Any = ENGINE.start(
+        model, batch.ids_BT, attention_mask=batch.mask_BT, **(limits.own_arguments() | arm.arguments)
+    )
     executor = _Timed(loop.executor, frozenset({"block", "tree_block", "logits"}), clock)
     drafter = None if loop.drafter is None else _Timed(loop.drafter, frozenset({"block"}), clock)
     with decoding_context(model):
@@ -71,20 +79,18 @@ def step_parts(model: MultiTokenLM, arm: Arm, batch: PromptBatch, limits: Limits
         loop.executor = executor
         if drafter is not None:
             loop.drafter = drafter
-        forwards, start = 0, clock.read()[0]
+        parts: list[tuple[float, float, float]] = []
         while not loop.finished:
+            start = clock.read()[0]
             loop.step()
-            forwards += 1
-        seconds = clock.read()[0] - start
-    if not forwards:
+            seconds = clock.read()[0] - start
+            verify = executor.take()
+            draft = 0.0 if drafter is None else drafter.take()
+            parts.append((verify, draft, seconds - verify - draft))
+    if not parts:
         return None
-    drafting = drafter.seconds if drafter is not None else 0.0
-    return StepParts(
-        executor.seconds / forwards,
-        drafting / forwards,
-        (seconds - executor.seconds - drafting) / forwards,
-        forwards,
-    )
+    verify, draft, rest = map(statistics.median, zip(*parts, strict=True))
+    return StepParts(verify, draft, rest, len(parts))
 
 
 def weight_reader(model: MultiTokenLM) -> tuple[Callable[[], object], int]:
@@ -93,8 +99,8 @@ def weight_reader(model: MultiTokenLM) -> tuple[Callable[[], object], int]:
     They are summed as integers, which costs no conversion: only the memory is measured. The table of embeddings, of
     which a step reads one row, is left out where the unembedding is another one.
     """
-    table = model.get_input_embeddings().weight
-    left_out = {table.data_ptr()} - {model.family.lm_head.weight.data_ptr()}
+    table: Any = model.get_input_embeddings()
+    left_out = {table.weight.data_ptr()} - {model.family.lm_head.weight.data_ptr()}
     parts: list[Tensor] = []
     size = 0
     for parameter in model.base.parameters():
@@ -104,7 +110,11 @@ def weight_reader(model: MultiTokenLM) -> tuple[Callable[[], object], int]:
             size += part.numel()
     flat = torch.cat(parts)
     words = flat[: flat.numel() // 8 * 8].view(torch.int64)
-    return words.sum, words.numel() * 8
+
+    def read() -> Tensor:
+        return words.sum()
+
+    return read, words.numel() * 8
 
 
 def bytes_of(model: MultiTokenLM, arm: Arm, prompt: list[int]) -> StepBytes | None:

@@ -15,12 +15,18 @@ SPEED_COLUMNS = (
     "tokens/s",
     "over the fastest plain",
     "all texts",
-    "tokens per forward",
-    "sampled",
-    "breaks even at",
     "CPU ms/token",
     "prefill ms",
     "text",
+)
+ACCEPTANCE_COLUMNS = (
+    "arm",
+    "timed texts",
+    "all texts",
+    "temperature 1",
+    "real text",
+    "breaks even at",
+    "expected on real text",
 )
 STEP_COLUMNS = ("arm", "ms per forward", "verify", "draft", "rest", "MB read", "floor ms", "of the memory's limit")
 
@@ -72,15 +78,35 @@ def speed_table(batch: Mapping[str, Any]) -> WordTable:
                 _with_interval(shown["tokens_per_second"], 0),
                 "-" if counted is None else _with_interval(counted["over_fastest_plain"], 2, unit="x"),
                 times(everything["over_fastest_plain"]["median"]),
-                _number(shown["tokens_per_forward"], 2),
-                _number(figures["sampled_tokens_per_forward"], 2),
-                _number(shown["break_even_tokens_per_forward"], 2),
                 _number(shown["cpu_ms_per_token"]["median"], 2),
                 _number(shown["prefill_ms"]["median"], 1),
                 verdict(figures),
             )
         )
     return WordTable(f"Batch {batch['batch']}: {_texts(batch)}", SPEED_COLUMNS, rows, best)
+
+
+def acceptance_table(batch: Mapping[str, Any]) -> WordTable | None:
+    """Tokens per forward of the arms that draft, in four ways; None where none does."""
+    rows = []
+    for figures in batch["arms"]:
+        if figures["plain"]:
+            continue
+        counted, everything = figures["texts_without_loops"], figures["all_texts"]
+        rows.append(
+            (
+                figures["arm"],
+                "-" if counted is None else _number(counted["tokens_per_forward"], 2),
+                _number(everything["tokens_per_forward"], 2),
+                _number(figures["sampled_tokens_per_forward"], 2),
+                _number(figures["walk_tokens_per_forward"], 2),
+                _number((counted or everything)["break_even_tokens_per_forward"], 2),
+                times(figures["expected_over_fastest_plain_along_text"]),
+            )
+        )
+    if not rows:
+        return None
+    return WordTable(f"Tokens per forward at batch {batch['batch']}", ACCEPTANCE_COLUMNS, rows)
 
 
 def step_table(batch: Mapping[str, Any]) -> WordTable:
@@ -131,14 +157,16 @@ def walk_table(document: Mapping[str, Any]) -> WordTable | None:
 
 
 def verdict(figures: Mapping[str, Any]) -> str:
-    """Whether an arm gave the plain arm's tokens."""
+    """Whether an arm gave the plain arm's tokens; the gap is the largest between the two best logits where texts part."""
+    if not figures["compared"]:
+        return "drawn anew"
     differing, near = figures["differing_rows"], figures["near_ties"]
     if not differing:
         return "identical"
     rows = f"{differing} row{'' if differing == 1 else 's'} differ{'s' if differing == 1 else ''}"
     if near == differing:
         return f"{rows}: near-tie"
-    gap = f"largest logit gap {figures['largest_gap']:.2g}"
+    gap = f"gap {figures['largest_gap']:.2g}"
     return f"{rows}, {near} near-ties, {gap}" if near else f"{rows}, {gap}"
 
 
@@ -146,14 +174,23 @@ def headline_lines(batch: Mapping[str, Any]) -> list[str]:
     """The headline in sentences."""
     headline = batch["headline"]
     if headline is None:
-        return [
+        lines = [
             f"batch {batch['batch']}: no headline: every call holds a text that loops, and loops are easy to draft for"
         ]
+        expected = batch["expected_best_along_text"]
+        if expected is not None:
+            lines.append(
+                f"batch {batch['batch']}: expected on real text, from the cost of a forward and the acceptance there: "
+                f"{expected['arm']} {times(expected['over_fastest_plain'])} over the fastest plain engine "
+                f"({batch['fastest_plain']})"
+            )
+        return lines
     lines = []
     gains = headline["engine_gain_over_hugging_face"]
     if gains is not None:
         said = ", ".join(f"{name} {_with_interval(gain, 2, unit='x')}" for name, gain in gains.items())
-        lines.append(f"batch {batch['batch']}: engine gain, plain over Hugging Face generate: {said}")
+        other = " (whose text differs)" if arm_figures(batch, "hf")["unexplained_differences"] else ""
+        lines.append(f"batch {batch['batch']}: engine gain, plain over Hugging Face generate{other}: {said}")
     if headline["best"] is not None:
         gain = _with_interval(headline["speculation_gain"], 2, unit="x")
         lines.append(
@@ -181,6 +218,8 @@ def bench_tables(document: Mapping[str, Any]) -> Iterator[RenderableType]:
     """Everything for the terminal."""
     for batch in document["batches"]:
         yield rich_table(speed_table(batch))
+        if (acceptance := acceptance_table(batch)) is not None:
+            yield rich_table(acceptance)
         yield rich_table(step_table(batch))
     walk = walk_table(document)
     if walk is not None:
@@ -196,8 +235,9 @@ def rich_table(words: WordTable) -> Table:
     """For the terminal."""
     table = Table(title=words.title, title_justify="left", title_style="bold", box=None, padding=(0, 1), pad_edge=False)
     for number, column in enumerate(words.columns):
-        last_is_text = number == len(words.columns) - 1 and words.columns is SPEED_COLUMNS
-        table.add_column(column, justify="left" if number == 0 or last_is_text else "right")
+        # The last column of the speeds is a sentence; figures and names stay whole.
+        sentence = number == len(words.columns) - 1 and words.columns is SPEED_COLUMNS
+        table.add_column(column, justify="left" if number == 0 or sentence else "right", no_wrap=not sentence)
     for number, row in enumerate(words.rows):
         table.add_row(*map(Text, row), style="bold green" if number == words.best else None)
     table.add_row()
