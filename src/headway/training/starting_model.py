@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,9 @@ def model_from_folder(folder: Path, wanted: MultiTokenConfig) -> MultiTokenLM:
             f"{folder} mixes two models: its heads were saved with another base than the weights beside them; restore it",
             path=folder,
         )
+    if held.changes_base:
+        # The folder's model has these heads on its next-token path: nothing changes.
+        wanted = replace(wanted, allow_base_change=True)
     model = MultiTokenLM(base, wanted)
     own = model.heads.state_dict()
     tensors = {name: tensor for name, tensor in load_file(folder / HEADS_FILE).items() if name in own}
