@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
 
 from decoding_cases import new_tokens, ragged_batch
+from headway.decoding.controller import DraftController
+from headway.decoding.drafting import DrawnDrafter
+from headway.decoding.loop import DecodingLoop
 from headway.errors import DecodingError
 from headway.model.attach import attach_heads
 from headway.model.config import MultiTokenConfig
@@ -340,3 +345,55 @@ def test_this_test_would_notice_numbers_that_are_used_twice(four_token_model, mo
 
     monkeypatch.setattr(KeyedDraws, "draft", reused)
     assert _holm(_p_values(four_token_model, DRAWN["tokenwise"]))
+
+
+# ------------------------------------------------------------------------------------- lengths that a controller chooses
+
+
+def _lengths_from_the_past(monkeypatch):
+    """Adversarial but allowed: how long a draft is depends on which tokens the forwards before gave."""
+
+    def begin(self):
+        self._began = self._clock()
+        self.length = getattr(self, "wanted", self.longest)
+        self.lengths.append(self.length)
+        return self.length
+
+    tell = DecodingLoop._tell
+
+    def told(self, controller, emissions, *args, **kwargs):
+        controller.wanted = sum(self.rows[0][-1].tokens) % (controller.longest + 1)
+        tell(self, controller, emissions, *args, **kwargs)
+
+    monkeypatch.setattr(DraftController, "begin", begin)
+    monkeypatch.setattr(DecodingLoop, "_tell", told)
+    # One token more than elsewhere: the length of the first draft cannot depend on any token yet.
+    monkeypatch.setattr(sys.modules[__name__], "NEW", 4)
+
+
+@pytest.mark.slow
+def test_drawn_drafts_follow_the_models_law_at_lengths_that_the_past_decides(four_token_model, monkeypatch):
+    _lengths_from_the_past(monkeypatch)
+    values = [
+        value
+        for drafts in DRAWN.values()
+        for value in _p_values(four_token_model, drafts | {"num_draft_tokens": "auto"})
+    ]
+    assert not _holm(values), sorted(values)[:5]
+
+
+@pytest.mark.slow
+def test_this_test_would_notice_lengths_that_anticipate_the_draft(four_token_model, monkeypatch):
+    _lengths_from_the_past(monkeypatch)
+    block = DrawnDrafter.block
+
+    def looking(self, standing, last_B1, *, depth):
+        found = block(self, standing, last_B1, depth=depth)
+        absent = [
+            frozenset(range(1, len(row))) if len(row) > 1 and row[1] == 2 else own
+            for row, own in zip(found.tokens_BM.tolist(), found.absent, strict=True)
+        ]
+        return replace(found, absent=absent)
+
+    monkeypatch.setattr(DrawnDrafter, "block", looking)
+    assert _holm(_p_values(four_token_model, DRAWN["tokenwise"] | {"num_draft_tokens": "auto"}))

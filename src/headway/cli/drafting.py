@@ -13,7 +13,7 @@ from headway.errors import ConfigError
 Command = Callable[..., Any]
 
 
-class DraftLength(click.ParamType):
+class DraftLength(click.ParamType):  # type: ignore[type-arg]  # a parameter of newer click only
     """A whole number from 0 on, or auto."""
 
     name = "K|auto"
