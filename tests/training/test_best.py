@@ -130,7 +130,33 @@ def test_figures_that_are_not_numbers_are_never_the_best():
     assert best_of(lines, Figure("nats", offset=2)) is None
 
 
-@pytest.mark.parametrize("text", ["", ":2", "nats:", "nats:0", "nats:two"])
+def test_an_offset_means_the_same_where_a_figure_begins_with_offset_2():
+    lines = [
+        {"step": 1, "walk_acceptance_rate": [0.9, 0.1], "accuracy": [0.1, 0.9]},
+        {"step": 2, "walk_acceptance_rate": [0.1, 0.9], "accuracy": [0.9, 0.1]},
+    ]
+    found = {}
+    for name in ("walk_acceptance_rate", "walk_acceptance_rate:2", "walk_acceptance_rate:3", "accuracy:2", "accuracy"):
+        best = best_of(lines, parse_figure(name))
+        assert best is not None
+        found[name] = (best.step, best.offset, best.value)
+    assert found == {
+        "walk_acceptance_rate": (1, 2, 0.9),
+        "walk_acceptance_rate:2": (1, 2, 0.9),
+        "walk_acceptance_rate:3": (2, 3, 0.9),
+        "accuracy:2": (1, 2, 0.9),
+        "accuracy": (2, 1, 0.9),
+    }
+
+
+def test_an_offset_that_the_model_does_not_predict_is_refused(make_config):
+    with pytest.raises(ConfigError, match=r"keep_best=nats:4 asks for offset 4, .*num_future_tokens=3"):
+        make_config(keep_best="nats:4")
+    with pytest.raises(ConfigError, match="keep_best=walk_acceptance_rate asks for offset 2"):
+        make_config(keep_best="walk_acceptance_rate", num_future_tokens=1)
+
+
+@pytest.mark.parametrize("text", ["", ":2", "nats:", "nats:0", "nats:two", "walk_acceptance_rate:1"])
 def test_a_figure_spelt_wrong_is_refused(text):
     with pytest.raises(ConfigError, match="keep_best takes a figure"):
         parse_figure(text)

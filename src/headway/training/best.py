@@ -20,6 +20,7 @@ from headway.errors import ConfigError
 BEST_RECORD, BEST_LINK = "best.json", "best"
 
 _LOWER_IS_BETTER = ("nats", "bits", "loss", "perplexity", "error")
+_FROM_OFFSET_2 = "acceptance_rate"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Figure:
         """The number in the figures of one evaluation; None where it is absent or not finite."""
         found = figures.get(self.name)
         if isinstance(found, list | tuple):
-            found = found[self.offset - 1] if self.offset <= len(found) else None
+            place = self.offset - first_offset(self.name)
+            found = found[place] if 0 <= place < len(found) else None
         if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
             return None
         return float(found)
@@ -68,24 +70,34 @@ class BestStep:
     lower_is_better: bool
 
 
-def parse_figure(text: str) -> Figure:
-    """Read `NAME` or `NAME:OFFSET`.
+def first_offset(name: str) -> int:
+    """The offset of the first number of a figure that has one per offset: drafts, and their acceptance, begin at 2.
 
-    >>> parse_figure("accuracy:2")
-    Figure(name='accuracy', offset=2)
+    >>> first_offset("nats"), first_offset("walk_acceptance_rate")
+    (1, 2)
+    """
+    return 2 if name.endswith(_FROM_OFFSET_2) else 1
+
+
+def parse_figure(text: str) -> Figure:
+    """Read `NAME` or `NAME:OFFSET`; without an offset, the first that the figure has.
+
+    >>> parse_figure("accuracy:2"), parse_figure("walk_acceptance_rate")
+    (Figure(name='accuracy', offset=2), Figure(name='walk_acceptance_rate', offset=2))
     >>> parse_figure("nats").lower_is_better, parse_figure("walk_acceptance_length").lower_is_better
     (True, False)
 
     Raises:
-        ConfigError: no name, or an offset that is no number from 1.
+        ConfigError: no name, or an offset that the figure does not have.
     """
     name, colon, offset = text.partition(":")
-    if not name or (colon and not (offset.isdigit() and int(offset) >= 1)):
+    first = first_offset(name)
+    if not name or (colon and not (offset.isdecimal() and int(offset) >= first)):
         raise ConfigError(
-            f"keep_best takes a figure of evaluations.jsonl, with an offset from 1 where it has one per offset "
+            f"keep_best takes a figure of evaluations.jsonl, with an offset from {first} where it has one per offset "
             f"(nats, accuracy:2): got {text!r}; correct it or set keep_best to none"
         )
-    return Figure(name, int(offset) if colon else 1)
+    return Figure(name, int(offset) if colon else first)
 
 
 def better(best: BestStep | None, figure: Figure, *, step: int, figures: Mapping[str, Any]) -> BestStep | None:

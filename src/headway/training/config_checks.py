@@ -45,7 +45,12 @@ def check_together(config: TrainConfig) -> None:
                     f"muon or {name} to none"
                 )
     if config.keep_best is not None:
-        parse_figure(config.keep_best)
+        offset = parse_figure(config.keep_best).offset
+        if offset > config.num_future_tokens:
+            raise ConfigError(
+                f"keep_best={config.keep_best} asks for offset {offset}, but the model predicts offsets up to "
+                f"num_future_tokens={config.num_future_tokens}; name another figure or offset"
+            )
     if config.mfu_peak not in ("auto", "measure") and not _is_above_zero(config.mfu_peak):
         raise ConfigError(
             f"mfu_peak takes auto, measure, or the peak of one device in TFLOP/s: got {config.mfu_peak!r}; correct the value"

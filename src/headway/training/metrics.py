@@ -12,6 +12,7 @@ from typing import Any, TextIO
 from torch.utils.tensorboard import SummaryWriter
 
 from headway.errors import TrainingError
+from headway.training.best import first_offset
 from headway.training.events import EvaluationDone, Event, StepDone
 from headway.training.metric_files import read_metrics
 from headway.training.run_directory import EVALUATIONS, METRICS, TENSORBOARD
@@ -187,6 +188,4 @@ def _flat(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]
 
 
 def _by_offset(name: str, values: Sequence[Any]) -> dict[str, Any]:
-    # Nothing of offset 1 is drafted: rates of acceptance begin with offset 2.
-    first = 2 if name.endswith("acceptance_rate") else 1
-    return {f"offset_{offset}": value for offset, value in enumerate(values, start=first)}
+    return {f"offset_{offset}": value for offset, value in enumerate(values, start=first_offset(name))}
