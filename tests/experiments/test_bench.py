@@ -230,7 +230,9 @@ def test_names_expand_and_what_cannot_run_has_a_reason(model):
     arms, skipped = build_arms(model, ArmOptions(), LIMITS)
     names = [arm.name for arm in arms]
     assert names[:4] == ["plain", "chain-1", "chain-2", "tree"]
-    assert {"lookup", "heads+lookup", "plain/lean", "chain-2/lean", "hf", "hf-static", "hf-lookup"} <= set(names)
+    assert {"auto", "lookup", "heads+lookup", "plain/lean", "chain-2/lean", "hf", "hf-static", "hf-lookup"} <= set(
+        names
+    )
     reasons = {one.arm: one.reason for one in skipped}
     assert "--assistant" in reasons["hf-assisted"]
     assert "llama_cpp" in reasons["llama.cpp"] or "--gguf" in reasons["llama.cpp"]

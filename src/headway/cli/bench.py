@@ -35,7 +35,7 @@ EXIT_DIFFERENT = 1
 @click.option(
     "--arms",
     metavar="NAME,...",
-    help="plain, chain (every length; chain-2: one), tree, calibrated, auto, lookup, heads+lookup, hf, hf-static, "
+    help="plain, chain (every length; chain-2: one), tree, auto, lookup, heads+lookup, hf, hf-static, "
     "hf-lookup, hf-assisted, llama.cpp. Default: all; what cannot run here is listed with the reason.",
 )
 @click.option("--executors", metavar="NAME,...", default="eager,lean", show_default=True, help="Of this engine's arms.")

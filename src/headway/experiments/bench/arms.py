@@ -18,7 +18,7 @@ from headway.model.multi_token_lm import MultiTokenLM
 
 PLAIN = "plain"
 HUGGING_FACE = "hf"
-OWN_ARMS = (PLAIN, "chain", "tree", "calibrated", "auto", "lookup", "heads+lookup")
+OWN_ARMS = (PLAIN, "chain", "tree", "auto", "lookup", "heads+lookup")
 OTHER_ARMS = (HUGGING_FACE, "hf-static", "hf-lookup", "hf-assisted", "llama.cpp")
 ARMS = OWN_ARMS + OTHER_ARMS
 """Names to choose from; "chain" stands for "chain-1", "chain-2", ..., one for each draft length."""
@@ -89,7 +89,7 @@ def build_arms(model: MultiTokenLM, options: ArmOptions, limits: Limits) -> tupl
                     plain=name == PLAIN,
                     decode=partial(_decode, model, limits, arguments),
                     arguments=arguments,
-                    heads=plan.heads,
+                    heads=None if name == "auto" else plan.heads,
                 )
             )
     for name in options.names:
@@ -136,8 +136,6 @@ def _own_arms(model: MultiTokenLM, options: ArmOptions) -> Iterator[tuple[str, d
             yield from ((f"chain-{length}", {"num_draft_tokens": length}) for length in range(1, most + 1))
         elif name == "tree":
             yield name, {"tree": options.tree}
-        elif name == "calibrated":
-            yield name, {"tree": "calibrated"}
         elif name == "auto":
             yield name, {"num_draft_tokens": "auto"}
         elif name == "heads+lookup":

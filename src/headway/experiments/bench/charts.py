@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from headway.experiments.bench.table import arm_figures, times
-from headway.experiments.report.chart import Line, line_chart
+from headway.experiments.report.chart import COLOURS, Line, line_chart
 from headway.experiments.report.style import STYLE_SHEET
 
 _WIDTH, _BAR, _GAP, _LEFT, _RIGHT = 760.0, 30.0, 14.0, 210.0, 190.0
@@ -24,34 +24,35 @@ def waterfall(document: Mapping[str, Any]) -> str:
     if headline is None or headline["best"] is None or headline["engine_gain_over_hugging_face"] is None:
         return ""
     plain, best = headline["fastest_own_plain"], headline["best"]
-    # What the drafts add to the engine of ours that runs plainly: the product of the two steps is the whole.
-    steps = [("hf", "Hugging Face generate"), (plain, f"engine: {plain}"), (best, f"drafts: {best}")]
-    speeds = [arm_figures(batch, name)["texts_without_loops"]["tokens_per_second"] for name, _ in steps]
-    if any(speed["median"] is None for speed in speeds):
+    first = arm_figures(batch, "hf")["texts_without_loops"]["tokens_per_second"]["median"]
+    gains = (headline["engine_gain_over_hugging_face"][plain], headline["best_over_own_plain"])
+    if first is None or any(gain["median"] is None for gain in gains):
         return ""
-    right = max(speed["high"] for speed in speeds)
-    scale = (_WIDTH - _LEFT - _RIGHT) / right
-    height = len(steps) * (_BAR + _GAP) + 30
+    # Each bar is the one before times a ratio within rounds; its line is the interval of that ratio.
+    bars = [("Hugging Face generate", 0.0, first, first, first, f"{first:.0f} tokens/s")]
+    for label, gain in zip((f"engine: {plain}", f"drafts: {best}"), gains, strict=True):
+        before = bars[-1][2]
+        ends = [before * gain[name] for name in ("median", "low", "high")]
+        said = f"{times(gain['median'])} [{gain['low']:.2f}, {gain['high']:.2f}]"
+        bars.append((label, before, *ends, said))
+    scale = (_WIDTH - _LEFT - _RIGHT) / max(high for _, _, _, _, high, _ in bars)
+    height = len(bars) * (_BAR + _GAP) + 6
     parts = [
         f'<svg viewBox="0 0 {_WIDTH:g} {height:g}" role="img" aria-labelledby="waterfall-t">',
-        '<title id="waterfall-t">Tokens per second: Hugging Face generate, then the engine, then drafts</title>',
+        '<title id="waterfall-t">Tokens per second: Hugging Face generate, times the engine, times the drafts</title>',
     ]
-    previous = 0.0
-    for number, ((_, label), speed) in enumerate(zip(steps, speeds, strict=True)):
+    for number, (label, before, after, low, high, said) in enumerate(bars):
         y = number * (_BAR + _GAP) + 6
-        low, high = sorted((previous, speed["median"]))
-        factor = f", {times(speed['median'] / previous)}" if previous else ""
-        middle = y + _BAR / 2
+        left, right, middle = min(before, after), max(before, after), y + _BAR / 2
         parts.append(
             f'<text class="y" x="{_LEFT - 10:g}" y="{middle + 5:g}" text-anchor="end">{escape(label)}</text>'
-            f'<g class="s{number}"><rect x="{_LEFT + scale * low:.1f}" y="{y:g}" '
-            f'width="{max(1.0, scale * (high - low)):.1f}" height="{_BAR:g}" fill="var(--c{number})"/></g>'
-            f'<path d="M{_LEFT + scale * speed["low"]:.1f} {middle:g}H{_LEFT + scale * speed["high"]:.1f}" '
-            f'stroke="currentColor" stroke-width="2" fill="none"/>'
-            f'<text x="{_LEFT + scale * max(high, speed["high"]) + 8:.1f}" y="{middle + 5:g}" text-anchor="start">'
-            f"{speed['median']:.0f} tokens/s{factor}</text>"
+            f'<rect x="{_LEFT + scale * left:.1f}" y="{y:g}" width="{max(1.0, scale * (right - left)):.1f}" '
+            f'height="{_BAR:g}" fill="var(--c{number})"/>'
+            f'<path d="M{_LEFT + scale * low:.1f} {middle:g}H{_LEFT + scale * high:.1f}" stroke="currentColor" '
+            f'stroke-width="2" fill="none"/>'
+            f'<text x="{_LEFT + scale * max(right, high) + 8:.1f}" y="{middle + 5:g}" text-anchor="start">'
+            f"{escape(said)}</text>"
         )
-        previous = speed["median"]
     parts.append("</svg>")
     return "".join(parts)
 
@@ -77,7 +78,10 @@ def batch_chart(document: Mapping[str, Any]) -> str:
 
 
 def batch_curves(document: Mapping[str, Any]) -> list[tuple[str, list[tuple[float, float]]]]:
-    """Per arm that drafts its speed-ups, on texts that do not loop where there are any, else on all."""
+    """Speed-ups of the arms that draft, on texts that do not loop where there are any, else on all.
+
+    No more curves than there are colours: those that are fastest somewhere come first.
+    """
     curves: dict[str, list[tuple[float, float]]] = {}
     for batch in sorted(document["batches"], key=lambda batch: int(batch["batch"])):
         for figures in batch["arms"]:
@@ -86,7 +90,8 @@ def batch_curves(document: Mapping[str, Any]) -> list[tuple[str, list[tuple[floa
             ratio = (figures["texts_without_loops"] or figures["all_texts"])["over_fastest_plain"]["median"]
             if ratio is not None:
                 curves.setdefault(figures["arm"], []).append((float(batch["batch"]), ratio))
-    return list(curves.items())
+    best = sorted(curves.items(), key=lambda curve: -max(ratio for _, ratio in curve[1]))
+    return best[:COLOURS]
 
 
 def standalone(drawing: str) -> str:

@@ -80,7 +80,7 @@ class Arm:
         plain: whether it gives one token per forward.
         decode: does it, greedily.
         arguments: of `generate`, for this project's engine.
-        heads: heads that draft, for the bytes of a step.
+        heads: heads that draft, for the bytes of a step; None where they change from step to step.
         one_row: whether it takes one row at a time only.
         other_weights: whether it reads weights of its own, which may be of another precision: its text may differ.
     """
@@ -91,7 +91,7 @@ class Arm:
     plain: bool
     decode: Decode
     arguments: dict[str, Any] = field(default_factory=dict)
-    heads: int = 0
+    heads: int | None = 0
     one_row: bool = False
     other_weights: bool = False
 

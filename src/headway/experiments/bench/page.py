@@ -20,6 +20,7 @@ from headway.experiments.report.chart import key
 from headway.experiments.report.style import STYLE_SHEET
 
 _STYLE = """
+thead th:first-child { text-align: left; padding-left: 0; }
 tr.best > * { font-weight: 650; color: var(--ink); }
 figure.wide { padding: 16px 18px; } figure.wide svg { max-width: 760px; }
 """

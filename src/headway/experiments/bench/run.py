@@ -158,7 +158,7 @@ def _batch_document(
     ]
     # Where every text loops there is no headline, but the figures of all texts still need their denominator.
     shown = counted or everything
-    fastest = max(plains, key=lambda record: _median(record.speeds(shown)))
+    fastest = max(plains, key=lambda record: _gain(record, reference, shown))
     bandwidth = read_bytes / estimate(rounds.read_seconds).median
     arms = []
     for record in rounds.records:
@@ -309,11 +309,11 @@ def _headline(
     if not counted:
         return None
     own = [record for record in records if record.arm.engine == "headway"]
-    plain = max((record for record in own if record.arm.plain), key=lambda record: _median(record.speeds(counted)))
+    plain = max((record for record in own if record.arm.plain), key=lambda record: _gain(record, fastest, counted))
     drafting = [
         record for record in own if not record.arm.plain and not comparisons[record.arm.name]["unexplained_differences"]
     ]
-    best = max(drafting, key=lambda record: _median(record.speeds(counted)), default=None)
+    best = max(drafting, key=lambda record: _gain(record, fastest, counted), default=None)
     engine_gain = None
     if hugging_face is not None:
         engine_gain = {
@@ -327,6 +327,7 @@ def _headline(
         "engine_gain_over_hugging_face": engine_gain,
         "best": None if best is None else best.arm.name,
         "speculation_gain": None if best is None else paired_ratio(best.speeds(counted), fastest.speeds(counted)),
+        "best_over_own_plain": None if best is None else paired_ratio(best.speeds(counted), plain.speeds(counted)),
         "best_over_hugging_face": None
         if best is None or hugging_face is None
         else paired_ratio(best.speeds(counted), hugging_face.speeds(counted)),
@@ -341,7 +342,8 @@ def _sampled(
     for arm in arms:
         if arm.engine != "headway" or arm.plain:
             continue
-        twin = arm.name.partition("/")[0]
+        # What the controller chooses depends on how fast the executor is.
+        twin = arm.name if arm.heads is None else arm.name.partition("/")[0]
         if twin not in found:
             arguments = replace(limits, temperature=1.0).own_arguments() | arm.arguments
             lengths = [row for group in groups for row in run_own(model, group, arguments, lambda: None).lengths if row]
@@ -371,9 +373,10 @@ def _expected_best(arms: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     return None if best is None else {"arm": best["arm"], "over_fastest_plain": best[name]}
 
 
-def _median(values: Sequence[float]) -> float:
-    median = estimate(values).median
-    return median if math.isfinite(median) else 0.0
+def _gain(record: ArmRecord, over: ArmRecord, groups: Collection[int]) -> float:
+    """To rank arms by: within rounds, so that no arm wins by a round in which all were fast; 0 where nothing is known."""
+    ratio = paired_ratio(record.speeds(groups), over.speeds(groups)).median
+    return ratio if math.isfinite(ratio) else 0.0
 
 
 def _scaled(one: Estimate, factor: float) -> Estimate:

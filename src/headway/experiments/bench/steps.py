@@ -122,7 +122,7 @@ def bytes_of(model: MultiTokenLM, arm: Arm, prompt: list[int]) -> StepBytes | No
 
     Of a tree or a copied draft they are those of a chain of as many heads: what more its nodes read is in caches.
     """
-    if arm.other_weights:
+    if arm.other_weights or arm.heads is None:
         return None
     device = next(model.parameters()).device
     try:
