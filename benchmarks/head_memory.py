@@ -130,10 +130,20 @@ def in_process(*arguments: str) -> dict[str, float]:
     return dict(json.loads(printed))
 
 
+def measured_before(output: Path | None, setting: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    """The cells in an earlier document of the same setting, which are not measured again."""
+    if output is None or not output.is_file():
+        return {}
+    document = json.loads(output.read_text(encoding="utf-8"))
+    return dict(document["peak"]) if document["setting"] == setting else {}
+
+
 def main() -> None:
     """Run every cell in its own process and print the table and one JSON document."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--output", type=Path, help="also write the JSON document here")
+    parser.add_argument(
+        "--output", type=Path, help="also write the JSON document here; cells in it are not measured again"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="processes per cell; the median is reported")
     parser.add_argument("--heads", action="append", choices=list(HEADS), help="only these; repeatable")
     parser.add_argument("--offsets", type=int, action="append", help="only these n; repeatable")
@@ -149,13 +159,24 @@ def main() -> None:
         return
     from headway.provenance import provenance
 
-    table: dict[str, dict[str, dict[str, float]]] = {}
+    setting = {
+        "layers_in_all": LAYERS,
+        "width": WIDTH,
+        "vocabulary": VOCABULARY,
+        "tokens": TOKENS,
+        "chunk_tokens": CHUNK,
+        "dtype": "float32",
+        "repeats": arguments.repeats,
+    }
+    table = measured_before(arguments.output, setting)
     for name in arguments.heads or HEADS:
-        table[name] = {}
+        row = table.setdefault(name, {})
         for n in arguments.offsets or OFFSETS:
+            if str(n) in row:
+                continue
             runs = [in_process("--cell", name, str(n)) for _ in range(arguments.repeats)]
             figures = {key: round(statistics.median(run[key] for run in runs), 1) for key in runs[0]}
-            table[name][str(n)] = figures
+            row[str(n)] = figures
             print(
                 f"{name:30} n={n:<3} step {figures['step_mib']:8.1f} MiB   weights, gradients, moments "
                 f"{figures['state_mib']:8.1f} MiB",
@@ -170,15 +191,7 @@ def main() -> None:
         "benchmark": "head_memory",
         "unit": "MiB; step: peak of forward and backward above weights, gradients and inputs, median; state: "
         "weights, gradients and AdamW's moments, counted",
-        "setting": {
-            "layers_in_all": LAYERS,
-            "width": WIDTH,
-            "vocabulary": VOCABULARY,
-            "tokens": TOKENS,
-            "chunk_tokens": CHUNK,
-            "dtype": "float32",
-            "repeats": arguments.repeats,
-        },
+        "setting": setting,
         "peak": table,
         "step_n32_over_n1": ratios,
     }
