@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from headway.data.tokenizers import byte_tokenizer
+from headway.errors import ConfigError
 from headway.model.multi_token_lm import MultiTokenLM
 from headway.training.config import TrainConfig
 from headway.training.estimate import kept_for_backward, plan_training
@@ -52,6 +53,19 @@ def test_weights_gradients_and_moments_of_the_plan_are_the_real_ones(optimizer, 
     real.step()
     moments = sum(tensor.numel() * 4 for tensor in real.state_tensors().values() if tensor.ndim)
     assert plan.memory.optimizer == moments
+
+
+def test_a_teacher_is_whole_on_every_device_and_counted_as_it_was_saved(tmp_path):
+    teacher = build(config()).base
+    teacher.to(torch.bfloat16).save_pretrained(tmp_path / "teacher")
+    held = sum(parameter.numel() * 2 for parameter in teacher.parameters())
+    options = {"objective": "kl", "teacher": str(tmp_path / "teacher"), "parallel": "fsdp"}
+    alone, taught = plan_training(config(parallel="fsdp"), processes=2), plan_training(config(**options), processes=2)
+    assert taught.memory.teacher == held
+    assert taught.memory.total == alone.memory.total + held
+    assert [layout.memory.teacher for layout in taught.layouts] == [held] * 6
+    with pytest.raises(ConfigError, match=r"teacher=.*nowhere cannot be loaded"):
+        plan_training(config(objective="kl", teacher=str(tmp_path / "nowhere")))
 
 
 def test_steps_and_tokens_of_the_plan_are_those_of_the_run():

@@ -70,6 +70,7 @@ def _show_memory(plan: TrainingPlan) -> None:
             ("activations of a micro-batch", sized(memory.activations)),
             ("loss: one chunk of logits, gradients of heads", sized(memory.loss)),
             *([("gathered: two layers, embedding, unembedding", sized(memory.gathered))] if memory.gathered else []),
+            *([("teacher", sized(memory.teacher))] if memory.teacher else []),
             ("total", sized(memory.total)),
         ],
     )

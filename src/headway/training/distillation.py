@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from headway.data.tokenizers import load_tokenizer
 from headway.errors import ConfigError, DataError
@@ -32,6 +32,31 @@ def set_objective(config: TrainConfig, model: MultiTokenLM, tokenizer: Any, *, d
     model.train_towards(training_objective(config), teacher=teacher)
 
 
+def teacher_bytes(name: str) -> int:
+    """Bytes of a teacher's weights in the precision in which they were saved; none is allocated or loaded.
+
+    Args:
+        name: folder or hub name; of one with heads, the base teaches.
+
+    Raises:
+        ConfigError: no configuration of a causal LM there.
+    """
+    try:
+        shape = AutoConfig.from_pretrained(name)
+        with torch.device("meta"):
+            teacher = AutoModelForCausalLM.from_config(shape, dtype=getattr(shape, "dtype", None) or torch.float32)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise _not_loaded(name, error) from error
+    return sum(parameter.numel() * parameter.element_size() for parameter in teacher.parameters())
+
+
+def _not_loaded(name: str, error: Exception) -> ConfigError:
+    detail = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return ConfigError(
+        f"teacher={name} cannot be loaded as a causal LM with its tokenizer: {detail}; name a folder or a hub name"
+    )
+
+
 def _load(name: str, tokenizer: Any) -> Any:
     folder = Path(name)
     if has_heads(folder) and read_multi_token_config(folder).changes_base:
@@ -43,10 +68,7 @@ def _load(name: str, tokenizer: Any) -> Any:
         own = load_tokenizer(name)
         teacher = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
     except (OSError, ValueError, KeyError, RuntimeError, DataError) as error:
-        detail = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ConfigError(
-            f"teacher={name} cannot be loaded as a causal LM with its tokenizer: {detail}; name a folder or a hub name"
-        ) from error
+        raise _not_loaded(name, error) from error
     if own.get_vocab() != tokenizer.get_vocab():
         raise ConfigError(
             f"teacher={name} reads other tokens than the run: got {len(own)} and {len(tokenizer)} of them; choose a teacher "

@@ -21,6 +21,7 @@ from headway.model.memory import model_footprint
 from headway.model.multi_token_lm import MultiTokenLM
 from headway.training.config import TrainConfig
 from headway.training.devices import Device
+from headway.training.distillation import teacher_bytes
 from headway.training.layouts import Layout, MemoryEstimate, exchanged_bytes, layouts, of_one_device
 from headway.training.model_building import base_config, fresh_model
 from headway.training.optimizers import parameter_kinds
@@ -103,14 +104,12 @@ class TrainingPlan:
 def plan_training(config: TrainConfig, *, processes: int = 1) -> TrainingPlan:
     """Resolve a configuration to a model and count what it takes; no weight is allocated and no text is read.
 
-    A teacher's weights are not counted.
-
     Args:
         config: of the run.
         processes: that `torchrun` would start, one device each.
 
     Raises:
-        ConfigError: a model that cannot be built, or a way of sharing it that does not fit the number of processes.
+        ConfigError: a model or a teacher that cannot be built, or a way of sharing it that does not fit the number of processes.
         DataError: no such tokenizer.
     """
     mode = parallel_mode(config.parallel, count=processes)
@@ -159,6 +158,7 @@ def _memory(model: MultiTokenLM, config: TrainConfig, *, activations: int) -> Me
         optimizer=sum(moments[name] * sizes[name] for name in kinds),
         activations=activations,
         loss=chunk_bytes + hidden_bytes + (1 + own) * vocabulary * width * _FLOAT32_BYTES,
+        teacher=0 if config.teacher is None else teacher_bytes(config.teacher),
     )
 
 

@@ -30,6 +30,7 @@ class MemoryEstimate:
         loss: the chunk of logits that is alive, gradients of N hidden states and of the unembeddings.
         gathered: with fsdp, what is whole for a moment: weights and gradients of embedding and unembedding, the weights
             of two layers (one comes ahead) and the gradient of one.
+        teacher: weights of another model that teaches, whole on every device; its activations are not kept.
     """
 
     weights: int
@@ -38,11 +39,13 @@ class MemoryEstimate:
     activations: int
     loss: int
     gathered: int = 0
+    teacher: int = 0
 
     @property
     def total(self) -> int:
         """Sum of all; temporaries of the backward pass and of the framework come on top."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.loss + self.gathered
+        parts = (self.weights, self.gradients, self.optimizer, self.activations, self.loss, self.gathered, self.teacher)
+        return sum(parts)
 
 
 @dataclass(frozen=True)
