@@ -69,6 +69,11 @@ DRAFTING_FLAGS: tuple[Callable[[Command], Command], ...] = (
         help="When sampling, draw the drafts too: as exact, accepted more often at high temperatures.",
     ),
     EXECUTOR_FLAG,
+    click.option(
+        "--prefill-chunk-tokens",
+        type=click.IntRange(min=1),
+        help="Most tokens of a prompt that one forward reads; pieces keep memory from growing with the square of its length. Default: 1024.",
+    ),
 )
 
 
