@@ -55,6 +55,9 @@ CHECK_EVERY, CHECKS = 64, 3
 SMALL_ADVANTAGE = 1.15
 """An advantage from here on is not checked."""
 
+SETTLED = 6
+"""Forwards of one kind in a row after which a further change of their time is thought to be the machine's, not a correction."""
+
 MEASUREMENTS = 2
 """Forwards of one kind in a row that make a first measurement."""
 
@@ -63,27 +66,41 @@ MEASUREMENTS = 2
 class StepTime:
     """Seconds of one kind of forward, followed over time.
 
-    The first measurements count by their minimum, since what first calls cost belongs to no length. Later ones move an
-    exponentially weighted mean of medians of three, which a single hiccup of the machine does not reach.
+    An exponentially weighted mean of medians of three, which a single hiccup of the machine hardly moves. It learns quickly
+    at the beginning of a run of such forwards, whose times may have changed since the last run, and slowly within one.
 
     Attributes:
         seconds: the estimate.
         count: measurements.
+        run: measurements since the last forward of another kind.
     """
 
     seconds: float
     count: int = 1
+    run: int = 1
     _recent: deque[float] = field(default_factory=lambda: deque(maxlen=3))
+
+    def __post_init__(self) -> None:
+        self._recent.append(self.seconds)
+
+    def begin_run(self) -> None:
+        """Forwards of another kind lay between the last measurement and the next."""
+        self.run = 0
+        self._recent.clear()
+        self._recent.append(self.seconds)
 
     def add(self, seconds: float) -> float:
         """Take one more measurement; returns how many times as large the estimate has become."""
         before = self.seconds
-        self._recent.append(seconds)
         self.count += 1
+        self.run += 1
         if self.count <= 3:
-            self.seconds = min(self.seconds, seconds)
+            self._recent.append(seconds)
+            # What first calls cost belongs to no length.
+            self.seconds = min(self._recent) if self.count == 2 else statistics.median(self._recent)
         else:
-            self.seconds += 0.15 * (statistics.median(self._recent) - self.seconds)
+            self._recent.append(min(seconds, 2 * before))
+            self.seconds += max(0.15, 1 / (self.run + 1)) * (statistics.median(self._recent) - before)
         return self.seconds / before
 
 
@@ -165,6 +182,7 @@ class DraftController:
         self._tried = [0.0] * longest
         self._right = [0.0] * longest
         self._began = 0.0
+        self._measured = -1
         self._resting = False
         self._idle = 0  # forwards without drafts while resting
         self._wait = SHORTEST_WAIT
@@ -250,13 +268,17 @@ class DraftController:
     def _measure(self, length: int, seconds: float) -> None:
         if length not in self._times:
             self._times[length] = StepTime(seconds)
-            return
-        moved = self._times[length].add(seconds)
-        if self._times[length].count > 3:
-            # A longer context or a busier machine is slower for every length.
-            for other, step_time in self._times.items():
-                if other != length:
-                    step_time.seconds *= moved
+        else:
+            step_time = self._times[length]
+            if length != self._measured:
+                step_time.begin_run()
+            moved = step_time.add(seconds)
+            if step_time.run > SETTLED:
+                # A longer context or a busier machine is slower for every length.
+                for other, others_time in self._times.items():
+                    if other != length:
+                        others_time.seconds *= moved
+        self._measured = length
 
     def _learn(self, rows: Sequence[RowStep], verified: int) -> None:
         for index in range(self.longest):

@@ -5,6 +5,7 @@ Legend: B rows, M positions of a block, D width, V vocabulary, K drafted tokens.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -94,6 +95,7 @@ class EagerExecutor:
             initial=capacity - max_new_tokens + FIRST_NEW_TOKENS,
         )
         self._gaps = HeadGaps(model.heads, self.cache, longest=num_draft_tokens) if changing else None
+        self._unwritten: deque[tuple[list[int], Tensor]] = deque(maxlen=most_repeated + 1)
         self._repeats = bool(self._lookback or (self._gaps is not None and self._gaps.reread))
         self._masks = BlockMasks(
             model.config,
@@ -225,6 +227,7 @@ class EagerExecutor:
             positions: of the roots.
         """
         if self._repeats:
+            self._write_text()
             for row, (at, path) in enumerate(self._each(positions, paths)):
                 nodes = torch.tensor([0, *path], device=self.device)
                 self._text_BC[row, at : at + len(nodes)] = self._tree_block_BR[row, nodes]
@@ -249,14 +252,17 @@ class EagerExecutor:
         self, back: int, block_BM: Tensor, positions: Sequence[int], *, num_offsets: int
     ) -> OffsetHiddenStates:
         """The same over a window that begins earlier; what lies behind a short row's block is overwritten in time."""
-        position_B1 = torch.tensor(positions, device=self.device)[:, None]
-        columns_1M = self._positions_BC[:1, : block_BM.shape[1]]
-        self._text_BC.scatter_(1, position_B1 + columns_1M, block_BM)
         back = min(back, max(positions))
         if back == 0:
+            # Written only when they are repeated, so that a forward without drafts costs what plain decoding does.
+            self._unwritten.append((list(positions), block_BM))
             states = self._block(block_BM, positions, num_offsets=num_offsets)
             self._remember(states, block_BM, torch.zeros_like(self._rows_B))
             return states
+        self._unwritten.append((list(positions), block_BM))
+        self._write_text()
+        position_B1 = torch.tensor(positions, device=self.device)[:, None]
+        columns_1M = self._positions_BC[:1, : block_BM.shape[1]]
         starts = [max(0, position - back) for position in positions]
         start_B1 = torch.tensor(starts, device=self.device)[:, None]
         window_BW = self._text_BC.gather(1, start_B1 + self._positions_BC[:1, : back + block_BM.shape[1]])
@@ -264,6 +270,13 @@ class EagerExecutor:
         first_B1 = position_B1 - start_B1
         self._remember(states, window_BW, first_B1[:, 0])
         return self._gather(states, first_B1 + columns_1M)
+
+    def _write_text(self) -> None:
+        """Bring the text up to date with what was fed last, in the order in which it was fed."""
+        while self._unwritten:
+            at, tokens_BM = self._unwritten.popleft()
+            at_B1 = torch.tensor(at, device=self.device)[:, None]
+            self._text_BC.scatter_(1, at_B1 + self._positions_BC[:1, : tokens_BM.shape[1]], tokens_BM)
 
     def logits(self, last_hidden_BMD: Tensor) -> Tensor:
         """Offset-1 logits [B, M, V] of hidden states that the decoder has already normed."""

@@ -114,7 +114,7 @@ class BlockMasks:
     def aligned(self) -> Tensor | dict[str, Tensor] | dict[str, None] | None:
         """Masks [1, 1, M, S] for a forward of which every row starts at the cache's position."""
         cache = self._cache
-        if cache.width == 1 and self._single_query_unmasked and not cache.hidden:
+        if cache.width == 1 and self._single_query_unmasked:
             return dict.fromkeys(self._layer_types) if self._layer_types else None
 
         def build(window: int | None) -> Tensor:
