@@ -1,4 +1,4 @@
-"""Figures of paired rounds: medians, 95 % intervals, ratios, break-even acceptance. No models, no clocks."""
+"""Figures of paired rounds: medians with intervals, ratios, break-even."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder of a benchmark: its document, its page and its plots, written whole; nothing else is ever replaced."""
+"""The folder of a benchmark: its document, its page and its plots."""
 
 from __future__ import annotations
 

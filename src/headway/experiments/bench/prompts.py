@@ -1,4 +1,4 @@
-"""Prompts of a benchmark: a text cut evenly, JSON lines, Spec-Bench's questions, or held-out library code."""
+"""Prompts of a benchmark: texts, JSON lines, Spec-Bench, library code."""
 
 from __future__ import annotations
 
