@@ -72,7 +72,7 @@ DRAFTING_FLAGS: tuple[Callable[[Command], Command], ...] = (
     click.option(
         "--prefill-chunk-tokens",
         type=click.IntRange(min=1),
-        help="Most tokens of a prompt that one forward reads; pieces keep memory from growing with the square of its length. Default: 1024.",
+        help="Most tokens of a prompt that one forward reads; longer prompts are read in pieces. Default: 1024.",
     ),
 )
 
