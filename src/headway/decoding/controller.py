@@ -1,4 +1,4 @@
-"""How long the next draft should be: measured step times against running acceptance, down to no draft at all.
+"""How long the next draft should be, from measured costs and acceptance.
 
     speed(k) = (1 + a_1 + a_1 a_2 + ... + a_1 .. a_k) / seconds(k)         tokens of a row per second with drafts of k tokens
 

@@ -1,4 +1,4 @@
-"""Gaps in the head caches: what becomes of them where drafts change their length.
+"""What becomes of head caches where drafts change their length.
 
 A forward after which nothing is drafted runs no head, so its positions are missing in the caches of the heads. When drafting
 goes on, the forward repeats the last `REREAD` of them before its block and the heads fill them in; older ones stay missing and
