@@ -143,7 +143,7 @@ def test_offset_1_stays_bit_equal_to_the_base(name):
         ({"wiring": "diagonal"}, "parallel, causal, anticausal"),
         ({"fuse_layers": True}, "only sequential"),
         ({"heads": "sequential", "fuse_layers": True, "tap_back": 1}, "leave one of them out"),
-        ({"heads": "linear", "wiring": "causal"}, "only transformer take it"),
+        ({"heads": "linear", "wiring": "causal"}, "only transformer can have it"),
         ({"heads": "medusa", "layers_per_head": 2}, "layers_per_head=2 means nothing for heads='medusa'"),
         ({"blocks_per_head": 2}, "only medusa, hydra"),
         ({"heads": "hydra", "markov_rank": 4}, "markov_rank=4 means nothing for heads='hydra'"),

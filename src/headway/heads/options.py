@@ -98,7 +98,7 @@ def check_options(heads: str, options: HeadOptions) -> None:
         if value != field.default and field.name not in OPTIONS_OF[heads]:
             takers = ", ".join(name for name, taken in OPTIONS_OF.items() if field.name in taken)
             raise ConfigError(
-                f"{field.name}={value!r} means nothing for heads={heads!r}: only {takers} take it; leave it out"
+                f"{field.name}={value!r} means nothing for heads={heads!r}: only {takers} can have it; leave it out"
             )
     if options.tap_back and options.wiring != "parallel":
         raise ConfigError(
