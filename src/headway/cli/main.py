@@ -49,9 +49,7 @@ COMMANDS = {
     "race": CommandEntry(
         "headway.cli.race", "race_command", "Watch plain and self-speculative decoding type the same text."
     ),
-    "bench": CommandEntry(
-        "headway.cli.bench", "bench_command", "Measure every way to decode a model on this machine."
-    ),
+    "bench": CommandEntry("headway.cli.bench", "bench_command", "Measure every way to decode a model on this machine."),
     "info": CommandEntry(
         "headway.cli.info", "info_command", "Show versions and device, or what a model costs in memory."
     ),
