@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from headway.evaluation.periodic import held_out_evaluators
 from headway.training import run as run_module
+from headway.training.compilation import has_cpp_compiler
 from headway.training.config import TrainConfig
 from headway.training.events import Event, Notice
 from headway.training.loop import train
@@ -118,6 +119,11 @@ def do_all(rank: int, corpus: str, folder: str) -> None:
         pair.stopped(f"{mode}-stopped", at=4, checkpoint_every_steps=None, **drawn)
         pair.run(f"{mode}-stopped", checkpoint_every_steps=None, **drawn)
         pair.poisoned(f"{mode}-poisoned", at=2, parallel=mode)
+        if has_cpp_compiler():
+            compiled: dict[str, Any] = {"parallel": mode, "compile": "on", "checkpoint_every_steps": None}
+            pair.run(f"{mode}-compiled", **compiled)
+            pair.stopped(f"{mode}-compiled-stopped", at=4, **compiled)
+            pair.run(f"{mode}-compiled-stopped", **compiled)
     pair.stopped("fsdp-then-ddp", at=4, parallel="fsdp")
     pair.run("fsdp-then-ddp", parallel="ddp")
     pair.stopped("fsdp-then-one", at=4, parallel="fsdp")

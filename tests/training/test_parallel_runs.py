@@ -16,6 +16,7 @@ import distributed_runs
 from distributed_runs import EVALUATION, RESTING, evaluators, settings
 from headway.model.multi_token_lm import MultiTokenLM
 from headway.training import run as run_module
+from headway.training.compilation import has_cpp_compiler
 from headway.training.events import Notice
 from headway.training.interruption import TrainingInterruptedError
 from headway.training.loop import train
@@ -133,6 +134,16 @@ def test_a_signal_to_one_process_stops_all_and_the_resumed_run_is_bit_for_bit_th
         name: float((ours[name] - theirs[name]).abs().max()) for name in ours if not ours[name].equal(theirs[name])
     } == {}
     assert lines(runs / f"{mode}-stopped" / "metrics.jsonl") == lines(runs / f"{mode}-straight" / "metrics.jsonl")
+
+
+@pytest.mark.skipif(not has_cpp_compiler(), reason="compiled layers need a C++ compiler")
+@pytest.mark.parametrize("mode", MODES)
+def test_compiled_layers_train_on_two_processes_and_resume_bit_for_bit(runs, mode):
+    torch.testing.assert_close(curves(runs / f"{mode}-compiled"), curves(runs / "one"), rtol=2e-5, atol=0)
+    first, second = heard(runs, f"{mode}-compiled-stopped")
+    assert first["end"].startswith("TrainingInterruptedError: SIGTERM: saved step 3")
+    assert second["end"] == "finished"
+    assert largest_difference(runs / f"{mode}-compiled-stopped", runs / f"{mode}-compiled") == 0
 
 
 @pytest.mark.parametrize("mode", MODES)
