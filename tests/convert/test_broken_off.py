@@ -11,6 +11,7 @@ import torch
 
 import medusa_layouts
 import released_modules
+from accidents import ACCIDENTS
 from head_cases import head_model
 from headway.convert.convert import convert
 from headway.convert.formats import MODEL_FORMATS
@@ -32,14 +33,6 @@ HEADS = {
 }
 
 
-def stop(*args, **kwargs):
-    raise KeyboardInterrupt
-
-
-def full(*args, **kwargs):
-    raise OSError(28, "No space left on device")
-
-
 @pytest.mark.parametrize(
     ("module", "name", "target"),
     [
@@ -51,7 +44,7 @@ def full(*args, **kwargs):
         (sequential_folder, "write_sidecar", "transformers-mtp"),
     ],
 )
-@pytest.mark.parametrize(("accident", "error"), [(stop, KeyboardInterrupt), (full, CheckpointError)])
+@pytest.mark.parametrize(("accident", "error"), ACCIDENTS)
 def test_a_conversion_that_breaks_off_leaves_nothing(module, name, target, accident, error, tmp_path, monkeypatch):
     head_model(HEADS[target]).save_pretrained(tmp_path / "a")
     monkeypatch.setattr(module, name, accident)

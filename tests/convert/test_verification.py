@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import meta_llama
+from accidents import ACCIDENTS
 from headway.convert import headway_folder, plain_folder, safetensors_files
 from headway.convert.convert import convert
 from headway.convert.facebook import folder as facebook_folder
@@ -84,14 +85,6 @@ def test_untrained_copies_are_named_and_trained_heads_are_not(tmp_path):
     assert max(report.max_abs_difference) <= 1e-5 < report.limit
 
 
-def stop(*args, **kwargs):
-    raise KeyboardInterrupt
-
-
-def full(*args, **kwargs):
-    raise OSError(28, "No space left on device")
-
-
 @pytest.mark.parametrize(
     ("module", "name", "target"),
     [
@@ -103,7 +96,7 @@ def full(*args, **kwargs):
         (facebook_folder, "_write_sidecar", "facebook"),
     ],
 )
-@pytest.mark.parametrize(("accident", "error"), [(stop, KeyboardInterrupt), (full, CheckpointError)])
+@pytest.mark.parametrize(("accident", "error"), ACCIDENTS)
 def test_a_conversion_that_breaks_off_leaves_nothing(module, name, target, accident, error, tmp_path, monkeypatch):
     tiny_model().save_pretrained(tmp_path / "a")
     monkeypatch.setattr(module, name, accident)

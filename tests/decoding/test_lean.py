@@ -21,12 +21,14 @@ from tiny_models import FAMILIES, VOCABULARY, random_tokens, tiny_model
 
 LEAN = [name for name in FAMILIES if name.split("-")[0] in ("llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3")]
 
-WAYS = ["plain", "packed", "kernel"]
-
 
 def available(way: str) -> bool:
     """Whether this machine has such products."""
     return way != "kernel" or kernel_for(torch.zeros(1, 1)) is not None
+
+
+needs_kernel = pytest.mark.skipif(not available("kernel"), reason="no C++ compiler for the kernel")
+WAYS = ["plain", "packed", pytest.param("kernel", marks=needs_kernel)]
 
 
 def steps(
@@ -64,8 +66,6 @@ def gap(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("family", LEAN)
 def test_every_family_gives_what_its_own_layers_give(family: str, way: str):
-    if not available(way):
-        pytest.skip("no C++ compiler for the kernel")
     model = tiny_model(family, num_future_tokens=4)
     assert gap(steps(model), steps(LeanModel(model, way=way))) < 2e-5
 
@@ -127,8 +127,6 @@ def test_changed_weights_are_read_again():
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("inputs", "rows"), [(64, 1), (64, 16), (50, 3), (96, 17), (33, 5)])
 def test_fused_products_are_the_single_ones_side_by_side(dtype: torch.dtype, way: str, inputs: int, rows: int):
-    if not available(way):
-        pytest.skip("no C++ compiler for the kernel")
     torch.manual_seed(0)
     linears = [torch.nn.Linear(inputs, outputs, bias=outputs != 65).to(dtype) for outputs in (65, 32, 3)]
     if way != "kernel":
@@ -140,7 +138,7 @@ def test_fused_products_are_the_single_ones_side_by_side(dtype: torch.dtype, way
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.skipif(not available("kernel"), reason="no C++ compiler for the kernel")
+@needs_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("inputs", [64, 70, 1376])
 def test_a_row_of_the_kernel_is_the_same_bits_whatever_stands_beside_it(dtype: torch.dtype, inputs: int):
@@ -163,13 +161,12 @@ def test_without_a_compiler_other_products_are_used(monkeypatch: pytest.MonkeyPa
         few_rows._library.cache_clear()
 
 
+@pytest.mark.skipif(few_rows._compiler() is None, reason="there is no C++ compiler that could fail")
 def test_a_compiler_that_fails_is_said_and_done_without(monkeypatch: pytest.MonkeyPatch, tmp_path, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(few_rows, "FLAGS", ("-this-is-no-flag",))
     few_rows._library.cache_clear()
     try:
-        if few_rows._compiler() is None:
-            pytest.skip("no C++ compiler")
         assert kernel_for(torch.zeros(1, 1)) is None
         assert "cannot be compiled, other products are used" in caplog.text
         assert not list(tmp_path.rglob("*.so"))
@@ -209,7 +206,7 @@ def test_a_model_without_a_lean_form_says_so_and_runs():
     assert torch.equal(result.sequences, model.generate(ids, **options).sequences)
 
 
-@pytest.mark.skipif(not available("kernel"), reason="no C++ compiler for the kernel")
+@needs_kernel
 def test_one_reading_of_the_unembedding_gives_what_two_give():
     model = head_model("transformer")
     lean = LeanModel(model)
