@@ -13,19 +13,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from os import PathLike
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicCache
 
 from headway.errors import ConfigError
-from headway.functional.targets import IGNORE_INDEX, shift_targets
+from headway.functional.targets import IGNORE_INDEX
 from headway.heads.auxiliary import RegisterTokens
-from headway.heads.base import HeadInputs, SplicedHeads, TokenReadingHeads
 from headway.heads.build import build_heads
 from headway.heads.parts import BaseParts
 from headway.losses.chunked import MultiTokenLoss
@@ -34,15 +31,15 @@ from headway.model.checkpoint import load_model, save_heads, save_model
 from headway.model.config import MultiTokenConfig
 from headway.model.decoding_engine import registered_engine
 from headway.model.documents import AttentionMask, isolating_mask_or_cache, positions_from_documents
-from headway.model.families import check_config, check_parity, check_shared_parts, resolve_family
-from headway.model.head_cache import cache_for_heads
-from headway.model.objective import check_objective, cut_off, last_scored, likeliest, model_loss, scored_weights
+from headway.model.families import check_config, check_parity, resolve_family
+from headway.model.objective import check_objective, last_scored, model_loss, scored_weights
 from headway.model.output import MultiTokenOutput, OffsetHiddenStates
-from headway.model.registers import Registers, registers_beside
+from headway.model.registers import registers_beside
 from headway.model.resuming import restore_heads_too
 from headway.model.tap import BaseTap
 from headway.model.teacher import CausalTeacher
 from headway.model.trunk import trunk_config
+from headway.model.trunk_and_heads import offset_hidden_states
 
 
 class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
@@ -386,116 +383,9 @@ class MultiTokenLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         wants_dict = return_dict if return_dict is not None else getattr(self.config, "return_dict", True)
         return output if wants_dict else cast(tuple[Any, ...], output.to_tuple())
 
-    def offset_hidden_states(
-        self,
-        input_ids: Tensor | None = None,
-        *,
-        attention_mask: AttentionMask = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        num_offsets: int | None = None,
-        document_ids: Tensor | None = None,
-        padding_mask: Tensor | None = None,
-        on_drafts: bool = False,
-        registers: Registers | None = None,
-        **kwargs: Any,
-    ) -> OffsetHiddenStates:
-        """One pass through trunk and heads, without unembedding; masks and caches reach the family's forward unchanged.
-
-        Args:
-            input_ids: tokens [B, T].
-            attention_mask: as the family's own forward takes it.
-            position_ids: positions [B, T].
-            past_key_values: a cache with room for L + n - 1 layers where heads run.
-            inputs_embeds: embeddings instead of tokens.
-            use_cache: as the family's own forward takes it.
-            num_offsets: heads beyond this offset are not run; None runs all.
-            document_ids: for heads that read the tokens after a position: of its own document only.
-            padding_mask: the same for padding, where `attention_mask` is not [B, T] itself.
-            on_drafts: heads that read tokens read their own drafts (`TrainingObjective.train_on_drafts`).
-            registers: run the row with these beside it (`headway.model.registers`).
-            kwargs: for the base's own forward.
-
-        Raises:
-            ConfigError: a cache that the heads cannot use, or embeddings instead of tokens for heads that read tokens.
-        """
-        heads = self.heads
-        check_shared_parts(self.base, self.family)
-        wanted = self.num_future_tokens if num_offsets is None else num_offsets
-        if wanted > 1 and heads.autoregressive and input_ids is None:
-            raise ConfigError(
-                f"{self.mtp_config.heads} heads read the tokens before an offset, which inputs_embeds does not tell; pass "
-                f"input_ids"
-            )
-        if wanted > 1 or heads.changes_base:
-            past_key_values = cache_for_heads(
-                past_key_values,
-                heads,
-                num_heads=self.num_future_tokens - 1,
-                base_layers=len(self.family.layers),
-                architecture=self.mtp_config.heads,
-                build=(self.config.use_cache if use_cache is None else use_cache)
-                and not (self.training and self.is_activation_checkpointing),
-            )
-        arguments: dict[str, Any] = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_values": past_key_values,
-            "inputs_embeds": inputs_embeds,
-            "use_cache": use_cache,
-        } | ({} if registers is None else registers.arguments)
-        if padding_mask is None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-            padding_mask = attention_mask
-
-        def following(ahead: int) -> Tensor:
-            assert input_ids is not None
-            return shift_targets(
-                input_ids,
-                offset=ahead,
-                position_ids_BT=position_ids,
-                document_ids_BT=document_ids,
-                attention_mask_BT=padding_mask,
-            )
-
-        with self._tap.armed(
-            splice=heads.splice if isinstance(heads, SplicedHeads) and heads.num_heads else None
-        ) as tap:
-            decoder_output = self.family.decoder(**arguments, **kwargs)
-            last_hidden_BTD, register_hidden_BTD = decoder_output[0], None
-            inputs = HeadInputs(
-                hidden_BTD=tap.reading(last_hidden_BTD),
-                call=tap.call,
-                embed=self.get_input_embeddings(),
-                following=following,
-                spliced=tap.spliced,
-            )
-        if registers is not None:
-            last_hidden_BTD, register_hidden_BTD = registers.split(last_hidden_BTD)
-            inputs = registers.without(inputs, self.family.last_layer)
-        if self.objective.detach_trunk != "off":
-            inputs = cut_off(inputs)
-        future: tuple[Tensor, ...] = ()
-        if wanted > 1:
-            # A growing cache cannot take back what heads compute from tokens that are not there yet.
-            teacher = heads.reads_tokens and (past_key_values is None or isinstance(past_key_values, DynamicCache))
-            readable = replace(inputs, call=inputs.call.without_cache()) if teacher else inputs
-            if on_drafts and isinstance(heads, TokenReadingHeads):
-                future = heads.drafted_hidden(readable, num_heads=wanted - 1, choose=partial(likeliest, self))
-            else:
-                future = heads.future_hidden(readable, num_heads=wanted - 1)
-        return OffsetHiddenStates(
-            last_hidden_BTD=last_hidden_BTD,
-            future_hidden=future,
-            register_hidden_BTD=register_hidden_BTD,
-            previous_tokens=tuple(following(ahead) for ahead in range(1, wanted)) if heads.autoregressive else None,
-            head_inputs=inputs if heads.autoregressive else None,
-            past_key_values=getattr(decoder_output, "past_key_values", None),
-            hidden_states=getattr(decoder_output, "hidden_states", None),
-            attentions=getattr(decoder_output, "attentions", None),
-        )
+    def offset_hidden_states(self, input_ids: Tensor | None = None, **kwargs: Any) -> OffsetHiddenStates:
+        """One pass through trunk and heads, without unembedding: `headway.model.trunk_and_heads.offset_hidden_states`."""
+        return offset_hidden_states(self, input_ids, **kwargs)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The base's final norm, shared by all offsets."""
