@@ -63,7 +63,7 @@ def test_drafts_at_a_position_are_those_of_the_decoder_there(name, monkeypatch):
         chosen[offset] = model.offset_logits(hidden_BTD, offset=offset).argmax(dim=-1)
         return chosen[offset]
 
-    monkeypatch.setattr("headway.model.multi_token_lm.likeliest", lambda model, hidden, offset: choose(hidden, offset))
+    monkeypatch.setattr("headway.model.trunk_and_heads.likeliest", lambda model, hidden, offset: choose(hidden, offset))
     with torch.no_grad():
         states = model.offset_hidden_states(TOKENS, on_drafts=True, use_cache=False)
     last = model.offset_logits(states.hidden[-1], offset=4, previous=TOKENS).argmax(dim=-1)
