@@ -101,9 +101,13 @@ class KeyedDraws:
     row: int
     made: int
 
+    def uniform(self, depth: int) -> float:
+        """The number in [0, 1) that decides about the text's own token after `depth` accepted ones."""
+        return keyed_uniform(self.seed, self.row, _TOKEN, self.made + depth)
+
     def token(self, probs_V: Tensor, depth: int) -> int:
         """See `Draws.token`."""
-        return inverse_cdf(probs_V, keyed_uniform(self.seed, self.row, _TOKEN, self.made + depth))
+        return inverse_cdf(probs_V, self.uniform(depth))
 
     def accept(self, probability: float, place: int) -> bool:
         """See `Draws.accept`."""
