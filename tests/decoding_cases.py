@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import headway.decoding.engine  # noqa: F401  (registers the engine)
 from headway.decoding.compare import NEAR_TIE_GAP, first_difference, top_two_gap
 from headway.decoding.drafting import TreeDrafter
 from headway.decoding.executor import EagerExecutor
+from headway.decoding.loop import DecodingLoop
 from tiny_models import VOCABULARY, random_tokens
 
 
@@ -144,3 +146,34 @@ def script_candidates(
 
     monkeypatch.setattr(TreeDrafter, "block", drafted)
     monkeypatch.setattr(EagerExecutor, "draft_logits", logits)
+
+
+def script_levels(
+    monkeypatch: pytest.MonkeyPatch, continuations: Sequence[Sequence[int]], *, ranks: int = 3, seed: int = 3
+) -> None:
+    """As `script_candidates` for drafts that are made depth by depth; the heads still run."""
+    generator = torch.Generator().manual_seed(seed)
+    places = [0] * len(continuations)
+    begin, next_block = EagerExecutor.begin_levels, DecodingLoop._next_block
+
+    def following(self: DecodingLoop, states: Any, emissions: Any, longest: int) -> Any:
+        places[:] = [self.max_new_tokens - room for room in self._rooms]
+        return next_block(self, states, emissions, longest)
+
+    def scripted(self: EagerExecutor, states: Any, nodes: Sequence[int], *, count: int) -> Any:
+        levels, depth = begin(self, states, nodes, count=count), itertools.count()
+
+        def level(tokens_BX: Tensor, parents_BX: Tensor | None) -> Tensor:
+            logits_BXV, at = levels(tokens_BX, parents_BX).clone(), next(depth)
+            for row, (truth, made) in enumerate(zip(continuations, places, strict=True)):
+                for token in truth[made + at : made + at + 1]:
+                    rank = int(torch.randint(ranks, (1,), generator=generator))
+                    others_XV = logits_BXV[row].sort(descending=True).values
+                    above_X = others_XV[:, rank - 1] if rank else others_XV[:, 0] + 2
+                    logits_BXV[row, :, token] = (others_XV[:, rank] + above_X) / 2
+            return logits_BXV
+
+        return level
+
+    monkeypatch.setattr(DecodingLoop, "_next_block", following)
+    monkeypatch.setattr(EagerExecutor, "begin_levels", scripted)

@@ -17,7 +17,7 @@ from headway.decoding.history import History
 from headway.decoding.lookup import TextIndex
 from headway.decoding.scored import RowSeeds
 from headway.functional.sampling import without_token
-from headway.functional.tree import Tree
+from headway.functional.tree import Tree, TreeLevel
 from headway.model.output import OffsetHiddenStates
 
 
@@ -103,6 +103,64 @@ class TreeDrafter:
         return Block(torch.cat((last_B1, candidates_BR), dim=1), tree)
 
 
+class PathTreeDrafter:
+    """A tree of which every node has candidates of its own: the most likely tokens after the tokens of its path.
+
+    For heads that draft in turn. All nodes of a depth that go on are scored in one call.
+    """
+
+    def __init__(self, executor: EagerExecutor, tree: Tree) -> None:
+        self._executor = executor
+        self._tree = tree
+        self._steps: dict[int, list[LevelStep]] = {}
+
+    def block(self, standing: Standing, last_B1: Tensor, *, depth: int) -> Block:
+        """See `Drafter.block`."""
+        tree = self._tree.truncated(depth)
+        steps = self._steps.get(tree.depth)
+        if steps is None:
+            steps = self._steps[tree.depth] = [LevelStep.of(level, last_B1) for level in tree.levels]
+        levels = self._executor.begin_levels(standing.states, standing.nodes, count=tree.depth)
+        tokens, open_BX = [last_B1], last_B1
+        for step in steps:
+            logits_BXV = levels(open_BX, step.parents_BX)
+            best_BXC = logits_BXV.topk(step.most, dim=-1).indices.expand(-1, open_BX.shape[1], -1)
+            tokens.append(best_BXC[:, step.child_of, step.child_ranks])
+            open_BX = tokens[-1][:, step.next_open]
+        return Block(torch.cat(tokens, dim=1), tree)
+
+
+@dataclass(frozen=True)
+class LevelStep:
+    """A `TreeLevel` as tensors.
+
+    Attributes:
+        parents_BX: see `TreeLevel.parents`; the same for all rows.
+        child_of: see there.
+        child_ranks: see there.
+        next_open: see there.
+        most: candidates that the nodes need.
+    """
+
+    parents_BX: Tensor
+    child_of: Tensor
+    child_ranks: Tensor
+    next_open: Tensor
+    most: int
+
+    @classmethod
+    def of(cls, level: TreeLevel, last_B1: Tensor) -> LevelStep:
+        """On the device of `last_B1`, for as many rows."""
+        device = last_B1.device
+        return cls(
+            torch.tensor(level.parents, device=device).expand(last_B1.shape[0], -1),
+            torch.tensor(level.child_of, device=device),
+            torch.tensor(level.child_ranks, device=device),
+            torch.tensor(level.next_open, device=device, dtype=torch.long),
+            max(level.child_ranks) + 1,
+        )
+
+
 class LookupDrafter:
     """Text copied from the row itself, alone or as one more branch beside another drafter's tree."""
 
@@ -175,20 +233,14 @@ class DrawnDrafter:
         tree, batch = self._tree.truncated(depth), len(standing.last)
         tokens = [[last] + [-1] * (len(tree) - 1) for last in standing.last]
         probs: list[dict[int, Tensor]] = [{} for _ in range(batch)]
-        if tree.is_chain:
-
-            def pick(logits_BV: Tensor, offset: int) -> Tensor:
-                self._expand(tree, offset - 2, logits_BV, standing, tokens, probs)
-                return torch.tensor([max(row[offset - 1], 0) for row in tokens], device=logits_BV.device)
-
-            self._executor.draft_picked(
-                standing.states, standing.nodes, last_B=last_B1[:, 0], count=tree.depth, pick=pick
-            )
-        else:
-            logits_KBV = self._executor.draft_logits(standing.states, standing.nodes, count=tree.depth)
-            for node, own_depth in enumerate(tree.depths):
-                if tree.children[node]:
-                    self._expand(tree, node, logits_KBV[own_depth], standing, tokens, probs)
+        levels = self._executor.begin_levels(standing.states, standing.nodes, count=tree.depth)
+        for own_depth, level in enumerate(tree.levels):
+            nodes = [node for node, at in enumerate(tree.depths) if at == own_depth and tree.children[node]]
+            open_BX = torch.tensor([[max(row[node], 0) for node in nodes] for row in tokens], device=last_B1.device)
+            parents_BX = torch.tensor(level.parents, device=last_B1.device).expand_as(open_BX)
+            logits_BXV = levels(open_BX, parents_BX)
+            for place, node in enumerate(nodes):
+                self._expand(tree, node, logits_BXV[:, place % logits_BXV.shape[1]], standing, tokens, probs)
         absent = [frozenset(node for node, token in enumerate(row) if token < 0) for row in tokens]
         feed = [[max(token, 0) for token in row] for row in tokens]
         return Block(torch.tensor(feed, device=last_B1.device), tree, probs, absent)

@@ -45,7 +45,14 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from headway.decoding.choosing import Chooser, GreedyChooser
 from headway.decoding.controller import DraftController, StepTime
-from headway.decoding.drafting import ChainDrafter, Drafter, DrawnDrafter, LookupDrafter, TreeDrafter
+from headway.decoding.drafting import (
+    ChainDrafter,
+    Drafter,
+    DrawnDrafter,
+    LookupDrafter,
+    PathTreeDrafter,
+    TreeDrafter,
+)
 from headway.decoding.executor import EagerExecutor
 from headway.decoding.history import History, PrefixGate
 from headway.decoding.lean.admission import lean_model
@@ -402,8 +409,10 @@ class Engine:
             assert seeds is not None
             drafter = DrawnDrafter(executor, plan.tree, history=history, seeds=seeds, end_token_ids=end_token_ids)
         elif plan.heads:
-            chain = plan.tree.is_chain
-            drafter = ChainDrafter(executor, plan.heads) if chain else TreeDrafter(executor, plan.tree)
+            if plan.tree.is_chain:
+                drafter = ChainDrafter(executor, plan.heads)
+            else:
+                drafter = (PathTreeDrafter if executor.drafts_in_turn else TreeDrafter)(executor, plan.tree)
         if plan.lookup:
             texts = [row[:length] for row, length in zip(prompts.ids_BP.tolist(), prompts.lengths, strict=True)]
             drafter = LookupDrafter(texts, count=plan.lookup, longest=options.lookup_ngram, beside=drafter)

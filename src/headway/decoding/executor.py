@@ -15,6 +15,7 @@ from torch import Tensor
 
 from headway.decoding.cache import RaggedCache, attention_windows
 from headway.decoding.gaps import REREAD, HeadGaps
+from headway.decoding.levels import FIRST_OFFSET, Levels, SharedLevels, SteppedLevels
 from headway.decoding.masks import BlockMasks
 from headway.decoding.prefill import pieces, reads_at_once
 from headway.decoding.prompts import Prompts
@@ -108,6 +109,11 @@ class EagerExecutor:
         self._positions_BC = torch.arange(self.cache.capacity, device=self.device).expand(prompts.batch, -1)
         self._rows_B = torch.arange(prompts.batch, device=self.device)
 
+    @property
+    def drafts_in_turn(self) -> bool:
+        """Whether what a head says depends on the tokens drafted before it (`Heads.autoregressive`)."""
+        return bool(self._model.heads.autoregressive)
+
     def prefill(self, *, num_offsets: int) -> OffsetHiddenStates:
         """Read the prompts; hidden states [B, 1, D] at each row's last token."""
         ids_BP = self._prompts.ids_BP.to(self.device)
@@ -157,7 +163,8 @@ class EagerExecutor:
         last = ids_BP.shape[1] - 1
         for depth in range(1, self._num_draft_tokens + 1):
             # Entries that would need tokens behind the prompt are made again with the block that follows.
-            step(depth + 1, ids_BP[:, min(end - 1 + depth, last)])
+            column = min(end - 1 + depth, last)
+            step(depth + 1, ids_BP[:, column : column + 1], None)
 
     def block(self, block_BM: Tensor, positions: Sequence[int], *, num_offsets: int) -> OffsetHiddenStates:
         """One forward of base and heads over a block.
@@ -206,6 +213,13 @@ class EagerExecutor:
         if self._gaps is not None:
             self._gaps.begin(positions, num_offsets - 1, room=False)
         self._tree_block_BR = block_BR
+        states = self._tree_block(block_BR, positions, tree, num_offsets=num_offsets)
+        self._remember(states, block_BR, torch.zeros_like(self._rows_B))
+        return states
+
+    def _tree_block(
+        self, block_BR: Tensor, positions: Sequence[int], tree: Tree, *, num_offsets: int
+    ) -> OffsetHiddenStates:
         width, low, high = len(tree), min(positions), max(positions)
         depths_R = torch.tensor(tree.depths, device=self.device)
         if low == high:
@@ -299,12 +313,12 @@ class EagerExecutor:
         """
         if self._model.heads.autoregressive:
             assert last_B is not None
-            return self._draft_in_turn(accepted, last_B, self._pick, count=count)
+            return self._draft_in_turn(states, accepted, last_B, self._pick, count=count)
         draft_KB: Tensor = self.draft_logits(states, accepted, count=count).argmax(dim=-1)
         return draft_KB.T
 
     def draft_logits(self, states: OffsetHiddenStates, nodes: Sequence[int], *, count: int) -> Tensor:
-        """What heads that draft at once say at one node of each row.
+        """What heads say at one node of each row whatever was drafted before; not for heads that read drafted tokens.
 
         Args:
             states: of the last forward.
@@ -312,7 +326,7 @@ class EagerExecutor:
             count: K wanted.
 
         Returns:
-            [K, B, V]; item i is offset i + 2.
+            [K, B, V]; item i is offset i + 2. Of heads with a Markov bias without it, and without soft-capping.
         """
         future = states.future_hidden[:count]
         if len(set(nodes)) == 1:
@@ -320,32 +334,64 @@ class EagerExecutor:
         else:
             at_B = torch.tensor(nodes, device=self.device)
             hidden_KBD = torch.stack([head_BMD[self._rows_B, at_B] for head_BMD in future])
+        logits = self._logits_before_bias if self._model.heads.markov is not None else self._model.offset_logits
         if self._model.heads.unembeddings is not None:
             per_offset = enumerate(hidden_KBD, start=2)
-            return torch.stack([self._model.offset_logits(h_BD, offset=offset) for offset, h_BD in per_offset])
-        logits_KBV: Tensor = self._model.offset_logits(hidden_KBD, offset=2)
+            return torch.stack([logits(h_BD, offset=offset) for offset, h_BD in per_offset])
+        logits_KBV: Tensor = logits(hidden_KBD, offset=2)
         return logits_KBV
+
+    def begin_levels(self, states: OffsetHiddenStates, nodes: Sequence[int], *, count: int) -> Levels:
+        """Start a draft whose next tokens may depend on those before: the heads' logits, one depth after the other.
+
+        Args:
+            states: of the last forward.
+            nodes: per row the last accepted column of that forward.
+            count: K wanted.
+        """
+        heads = self._model.heads
+        if not heads.reads_tokens:
+            logits_KBV = self.draft_logits(states, nodes, count=count)
+            if heads.markov is None:
+                return SharedLevels(logits_KBV)
+            return SharedLevels(logits_KBV, bias=self._markov_bias, soft_cap=self._soft_cap)
+        assert self._known is not None
+        columns_B = self._known.columns_B + torch.tensor(nodes, device=self.device)
+        return SteppedLevels(heads.begin_draft(replace(self._known, columns_B=columns_B)), self._stepped_logits)
 
     def draft_picked(
         self, states: OffsetHiddenStates, accepted: Sequence[int], *, last_B: Tensor, count: int, pick: Pick
     ) -> Tensor:
         """As `draft`, with tokens that the caller picks from each offset's logits, offset after offset."""
-        if self._model.heads.autoregressive:
-            return self._draft_in_turn(accepted, last_B, pick, count=count)
-        logits_KBV = self.draft_logits(states, accepted, count=count)
-        return torch.stack([pick(logits_BV, offset) for offset, logits_BV in enumerate(logits_KBV, start=2)], dim=1)
+        return self._draft_in_turn(states, accepted, last_B, pick, count=count)
 
-    def _draft_in_turn(self, accepted: Sequence[int], last_B: Tensor, pick: Pick, *, count: int) -> Tensor:
+    def _draft_in_turn(
+        self, states: OffsetHiddenStates, accepted: Sequence[int], last_B: Tensor, pick: Pick, *, count: int
+    ) -> Tensor:
         """Offset by offset, each told the token before it."""
-        assert self._known is not None
-        columns_B = self._known.columns_B + torch.tensor(accepted, device=self.device)
-        step = self._model.heads.begin_draft(replace(self._known, columns_B=columns_B))
+        levels = self.begin_levels(states, accepted, count=count)
         drafts, previous_B = [], last_B
-        for offset in range(2, count + 2):
-            logits_BV = self._model.offset_logits(step(offset, previous_B), offset=offset, previous=previous_B)
-            previous_B = pick(logits_BV, offset)
+        for offset in range(FIRST_OFFSET, FIRST_OFFSET + count):
+            previous_B = pick(levels(previous_B[:, None], None)[:, 0], offset)
             drafts.append(previous_B)
         return torch.stack(drafts, dim=1)
+
+    def _logits_before_bias(self, hidden: Tensor, *, offset: int) -> Tensor:
+        logits: Tensor = self._model.unembedding(offset)(self._model.before_unembedding(hidden, offset=offset))
+        return logits
+
+    def _markov_bias(self, tokens_BX: Tensor) -> Tensor:
+        bias_BXV: Tensor = self._model.heads.markov(tokens_BX)
+        return bias_BXV
+
+    def _soft_cap(self, logits: Tensor) -> Tensor:
+        capped: Tensor = self._model.family.soft_cap(logits)
+        return capped
+
+    def _stepped_logits(self, hidden_BXD: Tensor, offset: int, tokens_BX: Tensor) -> Tensor:
+        previous = None if self._model.heads.markov is None else tokens_BX
+        logits_BXV: Tensor = self._model.offset_logits(hidden_BXD, offset=offset, previous=previous)
+        return logits_BXV
 
     def _pick(self, logits_BV: Tensor, offset: int) -> Tensor:
         """The draft of one offset."""

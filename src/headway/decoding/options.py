@@ -174,7 +174,7 @@ def plan_drafts(options: DecodingOptions, model: Any, *, do_sample: bool) -> Dra
     """Drafts of a model under the options.
 
     Raises:
-        DecodingError: more than the model's heads can draft, or trees of heads that draft in turn.
+        DecodingError: more than the model's heads can draft, or trees of heads that draft only chains.
     """
     if options.sample_drafts and not do_sample:
         raise DecodingError("sample_drafts=True needs do_sample=True; greedy decoding drafts the most likely tokens")
@@ -195,10 +195,10 @@ def plan_drafts(options: DecodingOptions, model: Any, *, do_sample: bool) -> Dra
     if heads == 0:
         return DraftPlan(0, tree, lookup, sampled=False)
     plan = DraftPlan(tree.depth, tree, lookup, options.sample_drafts, controlled=options.num_draft_tokens == "auto")
-    if model.heads.autoregressive and not plan.widest.is_chain:
+    if not model.heads.drafts_trees and not plan.widest.is_chain:
         raise DecodingError(
-            f"{model.mtp_config.heads} heads draft one token after the other, and only a chain: leave tree out and pass "
-            f"drafts='heads' or drafts='lookup'"
+            f"{model.mtp_config.heads} heads keep keys and values of the tokens they have drafted, and draft only a chain: "
+            f"leave tree out and pass drafts='heads' or drafts='lookup'"
         )
     return plan
 

@@ -22,6 +22,23 @@ LARGEST_DEFAULT_RANK = 10
 
 
 @dataclass(frozen=True)
+class TreeLevel:
+    """One depth of a tree as whoever makes the next depth needs it; an open node is one that has children.
+
+    Attributes:
+        parents: per open node of this depth the place of its parent among the open nodes of the depth before; (0,) for the root.
+        child_of: per node of the next depth, in order, the place of its parent among the open nodes of this one.
+        child_ranks: per node of the next depth its rank.
+        next_open: places of the open ones among the nodes of the next depth.
+    """
+
+    parents: tuple[int, ...]
+    child_of: tuple[int, ...]
+    child_ranks: tuple[int, ...]
+    next_open: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Tree:
     """The shape of a candidate tree.
 
@@ -32,7 +49,9 @@ class Tree:
     Attributes:
         parents: per node the number of its parent; -1 for the root.
         ranks: per node which of its head's candidates it takes, 0 for the most likely; -1 for the root and for nodes
-            whose tokens come from elsewhere (a copied text).
+            whose tokens come from elsewhere (a copied text). Where heads draft at once, all nodes of a depth choose among
+            the same candidates; where they draft in turn (a Markov bias, Hydra), a node's candidates are those of its
+            head after the tokens of the node's own path, so the same rank is another token on another path.
     """
 
     parents: tuple[int, ...]
@@ -94,6 +113,29 @@ class Tree:
         for node, parent in enumerate(self.parents[1:], start=1):
             children[parent].append(node)
         return tuple(tuple(numbers) for numbers in children)
+
+    @cached_property
+    def levels(self) -> tuple[TreeLevel, ...]:
+        """Depths 0 .. K - 1 as the steps of making the tree's tokens.
+
+        >>> Tree.from_choices([(0,), (1,), (1, 0), (1, 1)]).levels[1]
+        TreeLevel(parents=(0,), child_of=(0, 0), child_ranks=(0, 1), next_open=())
+        """
+        by_depth = [[node for node, own in enumerate(self.depths) if own == depth] for depth in range(self.depth + 1)]
+        open_nodes = [[node for node in nodes if self.children[node]] for nodes in by_depth]
+        levels = []
+        for depth, following in enumerate(by_depth[1:]):
+            before = {node: place for place, node in enumerate(open_nodes[depth - 1])} if depth else {-1: 0}
+            place = {node: index for index, node in enumerate(open_nodes[depth])}
+            levels.append(
+                TreeLevel(
+                    parents=tuple(before[self.parents[node]] for node in open_nodes[depth]),
+                    child_of=tuple(place[self.parents[node]] for node in following),
+                    child_ranks=tuple(self.ranks[node] for node in following),
+                    next_open=tuple(index for index, node in enumerate(following) if self.children[node]),
+                )
+            )
+        return tuple(levels)
 
     @cached_property
     def is_chain(self) -> bool:

@@ -1,6 +1,7 @@
 """What every head architecture is: where it reads, what it needs, and how it drafts.
 
-Legend: B batch, T positions, W positions of one pass, D width, V vocabulary, N future tokens, L layers of the base.
+Legend: B batch, T positions, W positions of one pass, X nodes of one depth of a draft, D width, V vocabulary, N future
+tokens, L layers of the base.
 
 Everybody outside this room (model, losses, decoding) knows heads through `Heads` alone.
 """
@@ -125,8 +126,12 @@ class DraftPoint:
 Choose = Callable[[Tensor, int], Tensor]
 """(hidden states of an offset [B, T, D], offset) -> the likeliest tokens [B, T], without a gradient."""
 
-DraftStep = Callable[[int, Tensor], Tensor]
-"""(offset, token drafted for offset - 1 [B]) -> hidden state of that offset [B, D]; called with offsets 2, 3, ... in turn."""
+DraftStep = Callable[[int, Tensor, Tensor | None], Tensor]
+"""(offset, tokens drafted for offset - 1 [B, X], their parents [B, X]) -> hidden states of that offset [B, X, D].
+
+Called with offsets 2, 3, ... in turn; X is how many nodes of that depth of a candidate tree go on, and parents are places
+among the nodes of the call before, None where every call has one node (a chain). [B, 1, D] where the state is the same for
+all nodes. With offset 2 comes the token that the base has just chosen, the only one of its depth."""
 
 
 class Heads(nn.Module, ABC):
@@ -137,6 +142,7 @@ class Heads(nn.Module, ABC):
         reads_tokens: whether bodies read the tokens between a position and its offset: known in training, drafted one
             after the other in decoding.
         changes_base: whether the bodies are part of the next-token path.
+        drafts_trees: whether a draft may branch; those that keep keys and values of drafted tokens draft one path only.
         reading: where the bodies read.
         num_heads: n - 1.
         unembeddings: the offsets' own output matrices, from offset 2 on; None where they share the base's.
@@ -147,6 +153,7 @@ class Heads(nn.Module, ABC):
     uses_final_norm: bool = True
     reads_tokens: ClassVar[bool] = False
     changes_base: ClassVar[bool] = False
+    drafts_trees: ClassVar[bool] = True
     reading: Reading = TRUNK_OUTPUT
 
     def __init__(
@@ -230,7 +237,7 @@ class Heads(nn.Module, ABC):
 
     def begin_draft(self, point: DraftPoint) -> DraftStep:
         """Start a draft; the function that is returned gives offset after offset."""
-        return lambda offset, previous_B: point.at(point.future_hidden[offset - 2])
+        return lambda offset, tokens_BX, parents_BX: point.at(point.future_hidden[offset - 2])[:, None]
 
 
 class ParallelHeads(Heads):

@@ -1,6 +1,6 @@
 """Hydra heads: Medusa-like, but an offset also sees the embeddings of the tokens before it.
 
-Legend: B batch, T positions, D width, V vocabulary.
+Legend: B batch, T positions, X nodes of one depth of a draft, E what a path has seen, D width, V vocabulary.
 
     u_k = [h_t; e(x_{t+1}); ...; e(x_{t+k-1})]                        k x D wide
     logits_k = U_k g_m(... g_2(R_k u_k + SiLU(W_k u_k + b_k))),       g_j(x) = x + SiLU(W_j x + b_j)
@@ -16,6 +16,7 @@ Source: Ankner et al. 2024 (arXiv:2402.05109) and its code (hydra_heads/mlp_head
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,11 @@ class HydraBody(nn.Module):
         """Hidden states of this offset, ready for its unembedding, from `offset` tensors [..., D]."""
         hidden = _of_concatenation(parts, self.skip) + F.silu(_of_concatenation(parts, self.inner))
         deeper: Tensor = self.blocks(hidden)
+        return deeper
+
+    def of_concatenated(self, seen: Tensor) -> Tensor:
+        """The same from one tensor [..., offset x D]: fewer products, for a draft, where there are few positions."""
+        deeper: Tensor = self.blocks(self.skip(seen) + F.silu(self.inner(seen)))
         return deeper
 
 
@@ -85,13 +91,16 @@ class HydraHeads(ParallelHeads, TokenReadingHeads):
         return tuple(future)
 
     def begin_draft(self, point: DraftPoint) -> DraftStep:
-        """See `Heads.begin_draft`."""
-        seen = [point.at(point.inputs.hidden_BTD)]
+        """See `Heads.begin_draft`: what a path has seen is carried along, for every node its own."""
+        seen_BXE = point.at(point.inputs.hidden_BTD)[:, None]
 
-        def step(offset: int, previous_B: Tensor) -> Tensor:
-            seen.append(point.inputs.embed(previous_B))
-            hidden_BD: Tensor = self.bodies[offset - 2](*seen)
-            return hidden_BD
+        def step(offset: int, tokens_BX: Tensor, parents_BX: Tensor | None) -> Tensor:
+            nonlocal seen_BXE
+            if parents_BX is not None:
+                seen_BXE = seen_BXE.gather(1, parents_BX[..., None].expand(-1, -1, seen_BXE.shape[-1]))
+            seen_BXE = torch.cat((seen_BXE, point.inputs.embed(tokens_BX)), dim=-1)
+            hidden_BXD: Tensor = cast(HydraBody, self.bodies[offset - 2]).of_concatenated(seen_BXE)
+            return hidden_BXD
 
         return step
 

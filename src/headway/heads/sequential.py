@@ -63,6 +63,8 @@ class SequentialModule(nn.Module):
 class SequentialHeads(ChainedHeads, TokenReadingHeads):
     """A chain of modules; offsets are drafted in turn."""
 
+    drafts_trees = False
+
     def __init__(self, parts: BaseParts, options: HeadOptions, *, num_heads: int) -> None:
         count = min(num_heads, 1) if options.share_modules else num_heads
         super().__init__(
@@ -131,13 +133,13 @@ class SequentialHeads(ChainedHeads, TokenReadingHeads):
         text_BX = torch.cat((point.tokens_BW, room), dim=1)
         hidden_BWD = self.start(point.inputs)
 
-        def step(offset: int, previous_B: Tensor) -> Tensor:
+        def step(offset: int, tokens_B1: Tensor, parents_B1: Tensor | None) -> Tensor:
             nonlocal hidden_BWD
             depth = offset - 1
-            text_BX[rows_B, point.columns_B + depth] = previous_B
+            text_BX[rows_B, point.columns_B + depth] = tokens_B1.squeeze(1)
             embedded_BWD = point.inputs.embed(text_BX[:, depth : depth + width])
             hidden_BWD = self._deepen(depth, point.inputs.call, hidden_BWD, embedded_BWD)
-            return point.at(hidden_BWD)
+            return point.at(hidden_BWD)[:, None]
 
         return step
 

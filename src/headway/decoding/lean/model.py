@@ -116,12 +116,23 @@ class LeanModel:
         """See `MultiTokenLM.unembed`."""
         return cast(Tensor, self._model.family.soft_cap(self._unembedding(hidden)))
 
+    @property
+    def family(self) -> Any:
+        """The base's parts and habits (`headway.model.families`)."""
+        return self._model.family
+
+    def unembedding(self, offset: int) -> FusedLinear:
+        """The product with the output matrix of an offset."""
+        own = None if offset == 1 else self._own[offset - 2]
+        return own or self._unembedding
+
+    def before_unembedding(self, hidden: Tensor, *, offset: int) -> Tensor:
+        """See `MultiTokenLM.before_unembedding`."""
+        return self._norm(hidden) if offset > 1 and self.heads.uses_final_norm else hidden
+
     def offset_logits(self, hidden: Tensor, *, offset: int, previous: Tensor | None = None) -> Tensor:
         """See `MultiTokenLM.offset_logits`; `previous` are real tokens here."""
-        if offset > 1 and self.heads.uses_final_norm:
-            hidden = self._norm(hidden)
-        own = None if offset == 1 else self._own[offset - 2]
-        logits = (own or self._unembedding)(hidden)
+        logits = self.unembedding(offset)(self.before_unembedding(hidden, offset=offset))
         if offset > 1 and self.heads.markov is not None:
             logits = logits + self.heads.markov(previous)
         return cast(Tensor, self._model.family.soft_cap(logits))
