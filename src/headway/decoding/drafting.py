@@ -266,7 +266,8 @@ class DrawnDrafter:
                 self._history.put(row, standing.made[row], [tokens[row][above] for above in path])
             scores_BV = self._history.scores(logits_BV.clone(), length, group)
             for row in group:
-                left_V = probs[row][node] = scores_BV[row].double().softmax(dim=-1)
+                # Where the processors leave no token of the draft vocabulary, nothing is drawn.
+                left_V = probs[row][node] = scores_BV[row].double().softmax(dim=-1).nan_to_num(0.0)
                 draws = self._seeds.draws(row, standing.made[row])
                 for child in tree.children[node]:
                     if not bool(left_V.sum() > 0):

@@ -43,6 +43,7 @@ from transformers.generation.logits_process import (
 )
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
+from headway.decoding.calibration.use import with_calibration
 from headway.decoding.choosing import Chooser, GreedyChooser
 from headway.decoding.controller import DraftController, StepTime
 from headway.decoding.drafting import (
@@ -53,6 +54,7 @@ from headway.decoding.drafting import (
     PathTreeDrafter,
     TreeDrafter,
 )
+from headway.decoding.draft_vocabulary import SlicedDrafts, check_draft_vocabulary
 from headway.decoding.executor import EagerExecutor
 from headway.decoding.history import History, PrefixGate
 from headway.decoding.lean.admission import lean_model
@@ -270,7 +272,8 @@ class Engine:
         max_new_tokens = max(1, min(limits) - history_BT.shape[1])
         check_positions(model.config, prompts.lengths, max_new_tokens)
         do_sample = bool(generation_config.do_sample)
-        plan = plan_drafts(request.options, model, do_sample=do_sample)
+        options, ignored = with_calibration(request.options, model, batch=prompts.batch)
+        plan = plan_drafts(options, model, do_sample=do_sample)
         plan, note = self._respect_state(plan, request.options, logits_processor, do_sample=do_sample)
         pad = generation_config._pad_token_tensor
         pad_token_id = 0 if pad is None else int(pad)
@@ -306,7 +309,7 @@ class Engine:
                 other_criteria=not plain_limits,
                 recorder=recorder,
             )
-        executor, eager_note = self._executor(model, prompts, request.options, plan, max_new_tokens)
+        executor, eager_note = self._executor(model, prompts, options, plan, max_new_tokens)
         lossy = lossy_note(request.options, do_sample=do_sample) if plan.depth else None
         return DecodingLoop(
             executor=executor,
@@ -320,7 +323,7 @@ class Engine:
             max_new_tokens=max_new_tokens,
             pad_token_id=pad_token_id,
             streamer=streamer,
-            note="; ".join(filter(None, (note, lossy, eager_note))) or None,
+            note="; ".join(filter(None, (note, ignored, lossy, eager_note))) or None,
             acceptance_rule=request.options.acceptance,
             lossless=lossy is None,
             recorder=recorder,
@@ -353,11 +356,18 @@ class Engine:
         self, model: Any, prompts: Prompts, options: DecodingOptions, plan: DraftPlan, max_new_tokens: int
     ) -> tuple[EagerExecutor, str | None]:
         """What runs the model, and why it is not what was asked for."""
+
+        def drafting(run: Any) -> Any:
+            if options.draft_vocabulary is None or not plan.heads:
+                return run
+            vocabulary = model.get_input_embeddings().num_embeddings
+            return SlicedDrafts(run, model, check_draft_vocabulary(options.draft_vocabulary, vocabulary=vocabulary))
+
         if options.executor == "lean":
             lean = lean_model(model)
             if isinstance(lean, LeanModel):
                 return LeanExecutor(
-                    lean,
+                    drafting(lean),
                     prompts,
                     max_new_tokens=max_new_tokens,
                     num_draft_tokens=plan.heads,
@@ -367,7 +377,7 @@ class Engine:
                 ), None
             logger.warning("no lean executor, the model runs eagerly: %s", lean)
         executor = EagerExecutor(
-            model,
+            drafting(model),
             prompts,
             max_new_tokens=max_new_tokens,
             num_draft_tokens=plan.heads,

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
+from headway.decoding.calibration.use import with_calibration
+from headway.decoding.draft_vocabulary import check_draft_vocabulary
 from headway.decoding.prefill import DEFAULT_CHUNK_TOKENS
 from headway.decoding.refusals import resolve_num_draft_tokens
 from headway.errors import DecodingError
@@ -43,7 +45,11 @@ class DecodingOptions:
         drafts: where drafts come from: the model's "heads", "lookup" (copied from the text so far, after its last
             tokens' previous occurrence; needs no heads), or both in one tree, "heads+lookup".
         tree: candidates that one forward verifies: None for a chain, a number of drafted tokens for the default tree of
-            that size, or the tree itself as paths of ranks (Medusa's `tree_choices`).
+            that size, the tree itself as paths of ranks (Medusa's `tree_choices`), or "calibrated": the fastest draft that
+            `headway calibrate` found for this checkpoint on this machine, with its draft vocabulary.
+        draft_vocabulary: ids of the tokens that the heads score and draft from; None for all. Verification scores all
+            tokens, so the output is the same; where a vocabulary is large, drafts cost less
+            (`headway.decoding.draft_vocabulary`).
         sample_drafts: with `do_sample`, draw the drafts from the heads' distributions instead of taking their most
             likely tokens. Exact either way; drawn drafts are accepted more often where heads are good and temperature
             is high, and the tokens that a seed gives then depend on the draft.
@@ -68,7 +74,8 @@ class DecodingOptions:
 
     num_draft_tokens: int | Literal["auto"] | None = None
     drafts: DraftsName = "heads"
-    tree: int | Sequence[Sequence[int]] | None = None
+    tree: int | Sequence[Sequence[int]] | Literal["calibrated"] | None = None
+    draft_vocabulary: Sequence[int] | None = None
     sample_drafts: bool = False
     acceptance: AcceptanceName = "exact"
     posterior_threshold: float = 0.09
@@ -103,6 +110,10 @@ class DecodingOptions:
         if self.tree is not None and self.drafts == "lookup":
             raise DecodingError(
                 "a tree is made of the heads' candidates: pass drafts='heads' or 'heads+lookup' with it"
+            )
+        if self.draft_vocabulary is not None and self.drafts == "lookup":
+            raise DecodingError(
+                "draft_vocabulary is what the heads draft from: pass drafts='heads' or 'heads+lookup' with it"
             )
         if self.acceptance == "tokenwise" and not self.sample_drafts:
             raise DecodingError("acceptance='tokenwise' decides about drawn drafts; pass sample_drafts=True with it")
@@ -170,14 +181,15 @@ PLAIN = DraftPlan(0, Tree.chain(0), 0, sampled=False)
 """One token per forward."""
 
 
-def plan_drafts(options: DecodingOptions, model: Any, *, do_sample: bool) -> DraftPlan:
-    """Drafts of a model under the options.
+def plan_drafts(options: DecodingOptions, model: Any, *, do_sample: bool, batch: int = 1) -> DraftPlan:
+    """Drafts of a model under the options; a calibrated tree is that of so many rows.
 
     Raises:
         DecodingError: more than the model's heads can draft, or trees of heads that draft only chains.
     """
     if options.sample_drafts and not do_sample:
         raise DecodingError("sample_drafts=True needs do_sample=True; greedy decoding drafts the most likely tokens")
+    options, _ = with_calibration(options, model, batch=batch)
     heads = resolve_num_draft_tokens(options.num_draft_tokens, num_future_tokens=model.num_future_tokens)
     if options.num_draft_tokens == 0:
         return PLAIN
@@ -190,8 +202,11 @@ def plan_drafts(options: DecodingOptions, model: Any, *, do_sample: bool) -> Dra
             )
         return DraftPlan(0, Tree.chain(0), lookup, sampled=False)
     tree = Tree.chain(heads)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if options.draft_vocabulary is not None:
+        vocabulary = len(check_draft_vocabulary(options.draft_vocabulary, vocabulary=vocabulary))
     if options.tree is not None:
-        tree = _asked_tree(options.tree, heads, vocabulary=model.get_input_embeddings().num_embeddings)
+        tree = _asked_tree(options.tree, heads, vocabulary=vocabulary)
     if heads == 0:
         return DraftPlan(0, tree, lookup, sampled=False)
     plan = DraftPlan(tree.depth, tree, lookup, options.sample_drafts, controlled=options.num_draft_tokens == "auto")
@@ -203,17 +218,20 @@ def plan_drafts(options: DecodingOptions, model: Any, *, do_sample: bool) -> Dra
     return plan
 
 
-def _asked_tree(asked: int | Sequence[Sequence[int]], heads: int, *, vocabulary: int) -> Tree:
+def _asked_tree(asked: int | str | Sequence[Sequence[int]], heads: int, *, vocabulary: int) -> Tree:
     if heads == 0:
         raise DecodingError("a tree needs heads that draft: this model has none; leave tree out")
     if isinstance(asked, int):
         if isinstance(asked, bool) or asked < 1:
             raise DecodingError(f"a tree needs at least one drafted token: got tree={asked}; leave it out for a chain")
-        return default_tree(heads, nodes=asked)
-    try:
-        tree = Tree.from_choices(asked)
-    except (TypeError, ValueError) as error:
-        raise DecodingError(f"tree must be a number of nodes or a list of paths of ranks: {error}") from None
+        tree = default_tree(heads, nodes=asked)
+    else:
+        try:
+            tree = Tree.from_choices(asked)  # type: ignore[arg-type]  # a text is one of the things that are refused here
+        except (TypeError, ValueError) as error:
+            raise DecodingError(
+                f"tree must be a number of nodes, a list of paths of ranks, or 'calibrated': {error}"
+            ) from None
     if len(tree) == 1:
         raise DecodingError("the tree has no path; leave tree out for a chain")
     if tree.depth > heads:

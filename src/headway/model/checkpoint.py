@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import weakref
 from collections.abc import Mapping
 from os import PathLike, fspath
 from pathlib import Path
@@ -44,6 +45,8 @@ _FREE_ON_LOAD = {
 }
 """Fields of a configuration that say how heads are trained, not what they are."""
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+
+_FOLDERS: weakref.WeakKeyDictionary[Any, Path] = weakref.WeakKeyDictionary()
 
 
 def save_model(
@@ -114,7 +117,13 @@ def load_model(cls: Any, source: str | PathLike[str], *, base: Any = None, **kwa
     model = cls(base, mtp_config)
     _load_heads(model, tensors, folder, keep_dtype="dtype" not in kwargs)
     model.train(was_training)
+    _FOLDERS[model] = folder
     return model
+
+
+def loaded_from(model: Any) -> Path | None:
+    """The folder that a model's heads were loaded from; None for a model that was made, or copied, in memory."""
+    return _FOLDERS.get(model)
 
 
 def read_heads_for(model: Any, folder: Path, base_tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headway.decoding.draft_vocabulary import SlicedDrafts
 from headway.decoding.executor import EagerExecutor
 from headway.decoding.lean.model import LeanModel
 from headway.model.output import OffsetHiddenStates
@@ -27,11 +28,13 @@ class LeanExecutor(EagerExecutor):
     reading the weights does.
     """
 
-    def __init__(self, model: LeanModel, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: LeanModel | SlicedDrafts, *args: Any, **kwargs: Any) -> None:
         """See `EagerExecutor`."""
         super().__init__(model, *args, **kwargs)
         heads = model.heads
-        self._at_once = heads.unembeddings is None and not heads.autoregressive
+        # One product over all offsets would read the rows that a draft vocabulary leaves out.
+        whole = not isinstance(model, SlicedDrafts)
+        self._at_once = heads.unembeddings is None and not heads.autoregressive and whole
         self._ahead: tuple[OffsetHiddenStates, Tensor] | None = None
 
     def _run(self, ids: Tensor, mask: Any, position_ids: Tensor, num_offsets: int) -> OffsetHiddenStates:
