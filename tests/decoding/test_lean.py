@@ -10,7 +10,7 @@ import torch
 from decoding_cases import base_continuation, near_ties, new_tokens, ragged_batch
 from head_cases import ARCHITECTURES, head_model
 from headway.decoding.executor import EagerExecutor
-from headway.decoding.lean import few_rows
+from headway.decoding.lean import native
 from headway.decoding.lean.admission import largest_gap, lean_model, why_not_lean
 from headway.decoding.lean.executor import LeanExecutor
 from headway.decoding.lean.few_rows import kernel_for
@@ -80,7 +80,7 @@ def test_in_float64_only_summation_order_differs(family: str):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_heads_of_every_architecture_run_on_lean_layers(architecture: str):
     model = head_model(architecture, perturb=0.05)
-    assert gap(steps(model), steps(LeanModel(model))) < 5e-5
+    assert gap(steps(model), steps(LeanModel(model), executor=LeanExecutor)) < 5e-5
 
 
 @pytest.mark.parametrize("family", LEAN)
@@ -150,28 +150,28 @@ def test_a_row_of_the_kernel_is_the_same_bits_whatever_stands_beside_it(dtype: t
 
 
 def test_without_a_compiler_other_products_are_used(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(few_rows, "_compiler", lambda: None)
-    few_rows._library.cache_clear()
+    monkeypatch.setattr(native, "_compiler", lambda: None)
+    native.forget()
     try:
         assert fastest_way(torch.zeros(1, 1)) == "packed"
         assert fastest_way(torch.zeros(1, 1, dtype=torch.float64)) == "plain"
         with pytest.raises(ValueError, match="no 'kernel' products"):
             FusedLinear([torch.nn.Linear(4, 4)], way="kernel")
     finally:
-        few_rows._library.cache_clear()
+        native.forget()
 
 
-@pytest.mark.skipif(few_rows._compiler() is None, reason="there is no C++ compiler that could fail")
+@pytest.mark.skipif(native._compiler() is None, reason="there is no C++ compiler that could fail")
 def test_a_compiler_that_fails_is_said_and_done_without(monkeypatch: pytest.MonkeyPatch, tmp_path, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(few_rows, "FLAGS", ("-this-is-no-flag",))
-    few_rows._library.cache_clear()
+    monkeypatch.setattr(native, "FLAGS", ("-this-is-no-flag",))
+    native.forget()
     try:
         assert kernel_for(torch.zeros(1, 1)) is None
         assert "cannot be compiled, other products are used" in caplog.text
         assert not list(tmp_path.rglob("*.so"))
     finally:
-        few_rows._library.cache_clear()
+        native.forget()
 
 
 @pytest.mark.parametrize("architecture", ["transformer", "linear", "medusa", "sequential", "hydra", "causal"])

@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headway.decoding.lean.layer import LeanLayer, LeanPass
+from headway.decoding.cache import RaggedCache
+from headway.decoding.lean.layer import LeanLayer
 from headway.decoding.lean.model import LeanModel
+from headway.decoding.lean.passes import LeanPass
+from headway.decoding.masks import additive_mask
 from headway.functional.rotary import signed_sine
 
 LEAN_FAMILIES = frozenset({"llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3"})
@@ -93,7 +96,9 @@ def largest_gap(model: Any) -> float:
     position_ids_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
     hidden_BTD = model.get_input_embeddings()(ids_BT).float()
     cos, sin = family.decoder.rotary_emb(hidden_BTD, position_ids_BT)
-    run = LeanPass(cos[:, :, None], signed_sine(sin)[:, :, None], {}, None)
+    rotary = cos[0].contiguous(), signed_sine(sin[0])
+    causal = LeanPass(rotary, position_ids_BT, {}, None)
+    mask = additive_mask(position_ids_BT, position_ids_BT[0], window=None, dtype=torch.float32)
     gap = 0.0
     trunk_BTD = hidden_BTD
     for place, layer in enumerate([*family.layers, *model.heads.decoder_layers]):
@@ -102,21 +107,24 @@ def largest_gap(model: Any) -> float:
         elif place == len(family.layers) - 1:
             trunk_BTD = hidden_BTD
         wide = _without_hooks(copy.deepcopy(layer)).float().eval()
-        own_BTD = _own_output(wide, hidden_BTD, position_ids_BT, (cos, sin))
-        lean_BTD = LeanLayer(wide, window=None)(hidden_BTD, run, cache_index=place)
-        gap = max(gap, _relative(own_BTD, lean_BTD))
+        own_BTD = _own_output(wide, hidden_BTD, mask, position_ids_BT, (cos, sin))
+        lean = LeanLayer(wide, window=None)
+        gap = max(gap, _relative(own_BTD, lean(hidden_BTD, causal, cache_index=place)))
+        # As a block over the cache, which takes another way through the layer (`headway.decoding.lean.stack`).
+        cache = RaggedCache([None], batch=ids_BT.shape[0], capacity=ids_BT.shape[1], device=ids_BT.device)
+        cache.begin_aligned(0, ids_BT.shape[1])
+        block = LeanPass(rotary, position_ids_BT, {None: mask}, cache)
+        gap = max(gap, _relative(own_BTD, lean(hidden_BTD, block, cache_index=0)))
         hidden_BTD = own_BTD
     return gap
 
 
-def _own_output(layer: Any, hidden_BTD: Tensor, position_ids_BT: Tensor, position_embeddings: Any) -> Tensor:
-    batch, length = hidden_BTD.shape[:2]
-    index_T = torch.arange(length, device=hidden_BTD.device)
-    mask = torch.zeros(length, length, device=hidden_BTD.device)
-    mask.masked_fill_(index_T > index_T[:, None], torch.finfo(torch.float32).min)
+def _own_output(
+    layer: Any, hidden_BTD: Tensor, mask: Tensor, position_ids_BT: Tensor, position_embeddings: Any
+) -> Tensor:
     output = layer(
         hidden_BTD,
-        attention_mask=mask.expand(batch, 1, length, length),
+        attention_mask=mask.expand(hidden_BTD.shape[0], -1, -1, -1),
         position_ids=position_ids_BT,
         position_embeddings=position_embeddings,
     )

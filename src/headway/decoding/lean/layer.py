@@ -11,7 +11,6 @@ part of d, S visible slots.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,45 +18,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headway.decoding.lean.linear import FusedLinear, Way, fastest_way
+from headway.decoding.lean.passes import LeanPass
+from headway.decoding.lean.stack import LayerStack, layer_weights, serves
 from headway.functional.rotary import rotate
 
 
-@dataclass
-class LeanPass:
-    """What all layers of one forward share.
+class RMSNorm:
+    """x / rms(x) * weight, rounded as the family rounds it.
 
     Attributes:
-        cos: [B or 1, M, 1, r], as the family's own rotary embedding gives it.
-        sin: likewise, its first half negated.
-        masks: per attention window an additive mask [B or 1, 1, M, S]; None where every query sees all visible slots. An
-            empty mapping is a causal pass from slot 0.
-        cache: of `headway.decoding.cache`; None attends within the pass.
+        weight: [D], or one per head.
+        eps: added to the mean square.
+        weight_first: whether it multiplies before it rounds.
     """
 
-    cos: Tensor
-    sin: Tensor
-    masks: dict[int | None, Tensor | None]
-    cache: Any
-
-
-class RMSNorm:
-    """x / rms(x) * weight, rounded as the family rounds it."""
-
     def __init__(self, module: Any, *, weight: Tensor | None = None) -> None:
-        self._weight = module.weight.detach() if weight is None else weight
-        self._eps = float(module.variance_epsilon)
+        self.weight = module.weight.detach() if weight is None else weight
+        self.eps = float(module.variance_epsilon)
         # olmo2 multiplies before it rounds.
-        self._weight_first = type(module).__name__ == "Olmo2RMSNorm"
+        self.weight_first = type(module).__name__ == "Olmo2RMSNorm"
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        if x.dtype == torch.float32 and self._weight.ndim == 1:
-            return F.rms_norm(x, self._weight.shape, self._weight, self._eps)
+        if x.dtype == torch.float32 and self.weight.ndim == 1:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         wide = x.float()
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self._eps)
-        if self._weight_first:
-            return (self._weight * normed).to(x.dtype)
-        return self._weight * normed.to(x.dtype)
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        if self.weight_first:
+            return (self.weight * normed).to(x.dtype)
+        return self.weight * normed.to(x.dtype)
 
 
 class LeanLayer:
@@ -65,6 +54,7 @@ class LeanLayer:
 
     Attributes:
         num_bytes: of the copies made for it.
+        weights: what the C++ kernel reads of the layer; None where it does not serve it.
     """
 
     def __init__(self, layer: Any, *, window: int | None, way: Way | None = None) -> None:
@@ -99,6 +89,8 @@ class LeanLayer:
         else:
             self._attention_norm = RMSNorm(layer.input_layernorm)
             self._mlp_norm = RMSNorm(layer.post_attention_layernorm)
+        self.weights = layer_weights(layer, window=window) if way == "kernel" else None
+        self._stack = None if self.weights is None else LayerStack([self.weights])
         self._full_norms: tuple[RMSNorm, RMSNorm] | None = None
         self._head_norm: RMSNorm | None = None
         if hasattr(attention, "q_norm"):
@@ -111,6 +103,13 @@ class LeanLayer:
 
     def __call__(self, hidden_BMD: Tensor, run: LeanPass, *, cache_index: int) -> Tensor:
         """The layer's output [B, M, D]; keys and values go to layer `cache_index` of the pass's cache."""
+        if self._stack is not None and serves(hidden_BMD, run):
+            states, _ = self._stack.run(hidden_BMD, run, cache_index=cache_index)
+            return states[1]
+        return self.by_torch(hidden_BMD, run, cache_index=cache_index)
+
+    def by_torch(self, hidden_BMD: Tensor, run: LeanPass, *, cache_index: int) -> Tensor:
+        """The same without the kernel for whole layers: its reference, and for what it does not serve."""
         if self._post_norm:
             hidden_BMD = hidden_BMD + self._attention_norm(self._attend(hidden_BMD, run, cache_index))
             return hidden_BMD + self._mlp_norm(self._feed_forward(hidden_BMD))
@@ -133,7 +132,7 @@ class LeanLayer:
         qk_BMXd, v_BMKd = qkv_BMXd[:, :, :rotated], qkv_BMXd[:, :, rotated:]
         if self._head_norm is not None:
             qk_BMXd = self._head_norm(qk_BMXd)
-        qk_BMXd = rotate(qk_BMXd, run.cos, run.sin)
+        qk_BMXd = rotate(qk_BMXd, *run.cos_sin)
         q_BMHd = qk_BMXd[:, :, : self._heads]
         keys_BKSd, values_BKSd = qk_BMXd[:, :, self._heads :].transpose(1, 2), v_BMKd.transpose(1, 2)
         if run.cache is not None:

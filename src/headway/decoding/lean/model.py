@@ -9,6 +9,7 @@ their architecture: where they call a decoder layer of the family, they get the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -16,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from headway.decoding.cache import attention_windows
-from headway.decoding.lean.layer import LeanLayer, LeanPass, RMSNorm
+from headway.decoding.lean.layer import LeanLayer, RMSNorm
 from headway.decoding.lean.linear import FusedLinear, Way, fastest_way
+from headway.decoding.lean.passes import LeanPass
+from headway.decoding.lean.stack import LayerStack, serves
 from headway.functional.rotary import signed_sine
 from headway.heads.base import HeadInputs, LayerCall, Reading
 from headway.model.output import OffsetHiddenStates
@@ -46,7 +49,7 @@ class LeanCall(LayerCall):
 
     def without_cache(self) -> LeanCall:
         """See `LayerCall.without_cache`."""
-        run = LeanPass(self.run.cos, self.run.sin, self.run.masks, None)
+        run = replace(self.run, cache=None)
         return LeanCall(self.hidden_BTD, self.args, self.kwargs, run, self.layers)
 
 
@@ -81,6 +84,9 @@ class LeanModel:
         self._lean = dict(zip(map(id, [*base_layers, *head_layers]), [*self._base, *heads], strict=True))
         self._windows = set(windows)
         self._norm = RMSNorm(model.family.norm)
+        weights = [layer.weights for layer in self._base if layer.weights is not None]
+        whole = len(weights) == len(self._base) and weights[0].eps == self._norm.eps
+        self._stack = LayerStack(weights, final_norm=self._norm) if whole else None
         unembedding = model.family.lm_head
         way = fastest_way(unembedding.weight) if way is None else way
         self.way: Way = way
@@ -160,22 +166,21 @@ class LeanModel:
         """
         run = self._begin(input_ids, attention_mask, position_ids, past_key_values)
         hidden_BMD: Tensor = self.get_input_embeddings()(input_ids)
-        inputs_of: list[Tensor] = []
-        call: LeanCall | None = None
-        spliced: tuple[Tensor, ...] = ()
         last = len(self._base) - 1
-        for index, layer in enumerate(self._base):
-            inputs_of.append(hidden_BMD)
-            if index == last:
-                call = LeanCall(hidden_BMD, (), {}, run, self._lean)
-                if self.heads.changes_base and self.heads.num_heads:
-                    spliced = self.heads.splice(call)
-                    hidden_BMD = spliced[0]
-            hidden_BMD = layer(hidden_BMD, run, cache_index=index)
-        last_hidden_BMD = self._norm(hidden_BMD)
-        assert call is not None
+        spliced: tuple[Tensor, ...] = ()
+        states: Sequence[Tensor] | Tensor
+        if self.heads.changes_base and self.heads.num_heads:
+            states, _ = self._through(hidden_BMD, run, 0, last)
+            call = LeanCall(states[last], (), {}, run, self._lean)
+            spliced = self.heads.splice(call)
+            after, last_hidden_BMD = self._through(spliced[0], run, last, last + 1)
+            states = [*states, after[1]]
+        else:
+            states, last_hidden_BMD = self._through(hidden_BMD, run, 0, last + 1)
+            call = LeanCall(states[last], (), {}, run, self._lean)
+        assert last_hidden_BMD is not None
         inputs = HeadInputs(
-            hidden_BTD=self._reading([*inputs_of, hidden_BMD], last_hidden_BMD),
+            hidden_BTD=self._reading(states, last_hidden_BMD),
             call=call,
             embed=self.get_input_embeddings(),
             spliced=spliced,
@@ -189,7 +194,18 @@ class LeanModel:
             past_key_values=past_key_values,
         )
 
-    def _reading(self, states: list[Tensor], last_hidden_BMD: Tensor) -> Tensor:
+    def _through(
+        self, hidden_BMD: Tensor, run: LeanPass, begin: int, end: int
+    ) -> tuple[Sequence[Tensor] | Tensor, Tensor | None]:
+        """Layers begin .. end - 1: their input and what each gives; and after the last layer its normed output."""
+        if self._stack is not None and serves(hidden_BMD, run):
+            return self._stack.run(hidden_BMD, run, first=begin, count=end - begin)
+        states = [hidden_BMD]
+        for index in range(begin, end):
+            states.append(self._base[index](states[-1], run, cache_index=index))
+        return states, self._norm(states[-1]) if end == len(self._base) else None
+
+    def _reading(self, states: Sequence[Tensor] | Tensor, last_hidden_BMD: Tensor) -> Tensor:
         """Where the heads read: item i of `states` is what layer i gets, the last one what the last layer gives."""
         reading: Reading = self.heads.reading
         if reading.point == "layer_input":
@@ -201,10 +217,8 @@ class LeanModel:
         return self._norm(states[-1 - reading.layers_back]) if reading.layers_back else last_hidden_BMD
 
     def _begin(self, input_ids: Tensor, attention_mask: Any, position_ids: Tensor, cache: Any) -> LeanPass:
-        cos, sin = self._rotary(int(cache.capacity) if cache is not None else int(position_ids.max()) + 1)
-        # One gather for all layers; the head axis is for broadcasting.
-        cos, sin = cos[position_ids][:, :, None], sin[position_ids][:, :, None]
-        return LeanPass(cos, sin, self._masks(attention_mask, positions=input_ids.shape[1]), cache)
+        rotary = self._rotary(int(cache.capacity) if cache is not None else int(position_ids.max()) + 1)
+        return LeanPass(rotary, position_ids, self._masks(attention_mask, positions=input_ids.shape[1]), cache)
 
     def _masks(self, attention_mask: Any, *, positions: int) -> dict[int | None, Tensor | None]:
         if attention_mask is None:
@@ -221,7 +235,7 @@ class LeanModel:
             length = 1 << max(6, (positions - 1).bit_length())
             index_1C = torch.arange(length, device=like.device)[None]
             cos_1Cr, sin_1Cr = self._model.family.decoder.rotary_emb(like, index_1C)
-            self._cos_sin = cos_1Cr[0], signed_sine(sin_1Cr[0])
+            self._cos_sin = cos_1Cr[0].contiguous(), signed_sine(sin_1Cr[0])
         return self._cos_sin
 
 

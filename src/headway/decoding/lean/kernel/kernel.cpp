@@ -1,0 +1,65 @@
+// What `headway.decoding.lean` calls. Products: products.hpp; whole decoder layers: layers.hpp.
+
+#include "layers.hpp"
+
+namespace {
+
+using namespace headway;
+
+template <class Kind>
+void linear(const void* x_, int64_t rows, int64_t inputs, const void* w, int64_t outputs, const void* bias, void* y_,
+            int64_t y_stride, int threads) {
+    using Number = typename Kind::Number;
+    const auto* x = static_cast<const Number*>(x_);
+    auto* y = static_cast<Number*>(y_);
+    const Matrix matrix{w, bias, outputs};
+    static thread_local Input<Kind> input;
+    input.set(x, rows, inputs);
+    const Input<Kind>& ready = input;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#if defined(_OPENMP)
+        const int thread = omp_get_thread_num(), members = omp_get_num_threads();
+#else
+        const int thread = 0, members = 1;
+#endif
+        ready.times(matrix, share(outputs, thread, members, ready.group()), y, y_stride);
+    }
+}
+
+}  // namespace
+
+extern "C" {
+void headway_linear_float32(const void* x, int64_t rows, int64_t inputs, const void* w, int64_t outputs, const void* bias,
+                            void* y, int64_t y_stride, int threads) {
+    linear<Float32>(x, rows, inputs, w, outputs, bias, y, y_stride, threads);
+}
+void headway_linear_bfloat16(const void* x, int64_t rows, int64_t inputs, const void* w, int64_t outputs,
+                             const void* bias, void* y, int64_t y_stride, int threads) {
+    linear<BFloat16>(x, rows, inputs, w, outputs, bias, y, y_stride, threads);
+}
+void headway_layers_float32(const Pass* pass, const Layer* layers, int64_t count) {
+    run_layers<Float32>(*pass, layers, count);
+}
+void headway_layers_bfloat16(const Pass* pass, const Layer* layers, int64_t count) {
+    run_layers<BFloat16>(*pass, layers, count);
+}
+const char* headway_instructions() {
+#if defined(HEADWAY_TILES)
+    return tiles_allowed() ? "AMX, AVX-512" : "AVX-512, without the AMX that the system refuses";
+#elif defined(HEADWAY_AVX512) && defined(__AVX512BF16__)
+    return "AVX-512 with bfloat16";
+#elif defined(HEADWAY_AVX512)
+    return "AVX-512";
+#else
+    return "AVX2 with FMA";
+#endif
+}
+int headway_has_tiles() {
+#if defined(HEADWAY_TILES)
+    return tiles_allowed() ? 1 : 0;
+#else
+    return 0;
+#endif
+}
+}

@@ -1,0 +1,137 @@
+// y = x W^T + b for few rows of x: each weight is read once, in order, where it lies.
+//
+// x [rows, inputs], W [outputs, inputs], both contiguous in the inputs; y has a stride, so that several maps of the same
+// input write side by side. Sums are in float32 and their order depends neither on the number of rows nor on the thread: a
+// row's result is the same bit for bit whatever stands beside it.
+
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "tiles.hpp"
+#include "vectors.hpp"
+
+namespace headway {
+
+constexpr int kOutputs = 4;  // rows of W that are read together
+constexpr int kAhead = 4;    // of their successors are asked for early
+
+struct Range {
+    int64_t begin, end;
+};
+
+// A thread's part of the outputs, in whole groups.
+inline Range share(int64_t outputs, int thread, int threads, int64_t group) {
+    const int64_t groups = (outputs + group - 1) / group;
+    return {std::min(outputs, groups * thread / threads * group), std::min(outputs, groups * (thread + 1) / threads * group)};
+}
+
+// What is left of a dot product after its whole vectors. Compiled once: inlined copies may be contracted differently.
+template <class Kind>
+__attribute__((noinline)) float rest_of_dot(const typename Kind::Number* a, const typename Kind::Number* b, int64_t count) {
+    float total = 0.0f;
+    for (int64_t j = 0; j < count; ++j) total += Kind::value(a[j]) * Kind::value(b[j]);
+    return total;
+}
+
+// `Rows` rows of x times `Outputs` rows of W.
+template <class Kind, int Rows, int Outputs>
+inline void block(const typename Kind::Number* x, int64_t inputs, const typename Kind::Number* w,
+                  const typename Kind::Number* bias, typename Kind::Number* y, int64_t y_stride, bool ahead) {
+    Vector sums[Rows][4];
+    for (int r = 0; r < Rows; ++r)
+        for (int o = 0; o < 4; ++o) sums[r][o] = zero();
+    int64_t i = 0;
+    for (; i + Kind::kStep <= inputs; i += Kind::kStep) {
+        typename Kind::Piece weights[Outputs];
+        for (int o = 0; o < Outputs; ++o) {
+            weights[o] = Kind::piece(w + o * inputs + i);
+            if (ahead) _mm_prefetch(reinterpret_cast<const char*>(w + (o + kAhead) * inputs + i), _MM_HINT_T0);
+        }
+        for (int r = 0; r < Rows; ++r) {
+            const typename Kind::Piece own = Kind::piece(x + r * inputs + i);
+            for (int o = 0; o < Outputs; ++o) sums[r][o] = Kind::dot(own, weights[o], sums[r][o]);
+        }
+    }
+    __m128 totals[Rows];
+    sums_of_lanes<Rows>(sums, totals);
+    for (int r = 0; r < Rows; ++r) {
+        if (i < inputs || Outputs < 4) {
+            alignas(16) float four[4];
+            _mm_store_ps(four, totals[r]);
+            for (int o = 0; o < Outputs; ++o) {
+                if (i < inputs) four[o] += rest_of_dot<Kind>(x + r * inputs + i, w + o * inputs + i, inputs - i);
+                y[r * y_stride + o] = Kind::number(bias ? four[o] + Kind::value(bias[o]) : four[o]);
+            }
+        } else {
+            Kind::narrow_four(y + r * y_stride, bias ? _mm_add_ps(totals[r], Kind::widen_four(bias)) : totals[r]);
+        }
+    }
+}
+
+template <class Kind, int Outputs>
+inline void all_rows(const typename Kind::Number* x, int64_t rows, int64_t inputs, const typename Kind::Number* w,
+                     const typename Kind::Number* bias, typename Kind::Number* y, int64_t y_stride, bool ahead) {
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4)
+        block<Kind, 4, Outputs>(x + r * inputs, inputs, w, bias, y + r * y_stride, y_stride, ahead && r == 0);
+    const bool first = ahead && r == 0;
+    const auto* rest = x + r * inputs;
+    auto* out = y + r * y_stride;
+    switch (rows - r) {
+        case 1: block<Kind, 1, Outputs>(rest, inputs, w, bias, out, y_stride, first); break;
+        case 2: block<Kind, 2, Outputs>(rest, inputs, w, bias, out, y_stride, first); break;
+        case 3: block<Kind, 3, Outputs>(rest, inputs, w, bias, out, y_stride, first); break;
+        default: break;
+    }
+}
+
+struct Matrix {
+    const void* weight;
+    const void* bias;  // or null
+    int64_t outputs;
+};
+
+// Rows of x, made ready once for all matrices that they are multiplied by. One per thread.
+template <class Kind>
+class Input {
+  public:
+    using Number = typename Kind::Number;
+
+    void set(const Number* x, int64_t rows, int64_t inputs) {
+        x_ = x;
+        rows_ = rows;
+        inputs_ = inputs;
+        by_tiles_ = kTiles<Kind> && inputs % kTileInputs == 0 && tiles_allowed();
+        if constexpr (kTiles<Kind>)
+            if (by_tiles_) pair_up(x, rows, inputs, paired_);
+    }
+
+    // How outputs are divided between threads.
+    int64_t group() const { return by_tiles_ ? 2 * kTileOutputs : kOutputs; }
+
+    // Outputs begin .. end - 1, of which begin is the first of a group; y is that of output 0.
+    void times(const Matrix& matrix, Range outputs, Number* y, int64_t y_stride) const {
+        const auto* w = static_cast<const Number*>(matrix.weight);
+        const auto* bias = static_cast<const Number*>(matrix.bias);
+        int64_t o = outputs.begin;
+        if constexpr (kTiles<Kind>) {
+            if (by_tiles_)
+                o = tile_product(paired_.data(), rows_, inputs_, w, o, outputs.end, matrix.outputs, bias, y, y_stride);
+        }
+        for (; o + kOutputs <= outputs.end; o += kOutputs)
+            all_rows<Kind, kOutputs>(x_, rows_, inputs_, w + o * inputs_, bias ? bias + o : nullptr, y + o, y_stride,
+                                     o + 2 * kOutputs <= matrix.outputs);
+        for (; o < outputs.end; ++o)
+            all_rows<Kind, 1>(x_, rows_, inputs_, w + o * inputs_, bias ? bias + o : nullptr, y + o, y_stride, false);
+    }
+
+  private:
+    const Number* x_ = nullptr;
+    int64_t rows_ = 0, inputs_ = 0;
+    bool by_tiles_ = false;
+    std::vector<uint16_t> paired_;
+};
+
+}  // namespace headway
