@@ -145,7 +145,7 @@ def test_generate_gives_the_text_of_one_forward_whatever_the_pieces(chunk, execu
 
 def test_short_prompts_stay_one_forward_by_default(monkeypatch):
     called = []
-    monkeypatch.setattr(EagerExecutor, "_prefill_in_pieces", lambda *args, **kwargs: called.append(args))
+    monkeypatch.setattr(EagerExecutor, "read_piece", lambda *args: called.append(args))
     tiny_model().generate(random_tokens(1, 200), max_new_tokens=2)
     assert called == []
 

@@ -10,6 +10,9 @@ layers of the same cache, at indices L, L+1, ...
 
 Memory follows the text: slots are allocated as they are needed, twice as many each time, up to the capacity, so every
 slot is copied less than twice on average and a text that ends early never takes what it could have taken.
+
+Rows come and go (`absorb`, `select`): the batch is the first of the rows that there is room for, so a row that leaves is
+replaced by the last one, and a newcomer takes the next one.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -59,15 +63,51 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate zeros: leftovers must be finite, since a masked slot still enters a product with weight 0."""
-        batch, heads, _, width = key_states.shape
-        self.keys = key_states.new_zeros(batch, heads, self.owner.allocated, width)
-        self.values = value_states.new_zeros(batch, heads, self.owner.allocated, value_states.shape[-1])
+        self.allocate(key_states[:, :, :0], value_states[:, :, :0])
+
+    def allocate(self, keys_BHSD: Tensor, values_BHSD: Tensor) -> None:
+        """Take as many rows and slots as the cache now allocates, of which the first hold what is given."""
+        rows, slots = self.owner.allocated_rows, self.owner.allocated
+        self._storage = _with_room(keys_BHSD, rows, slots), _with_room(values_BHSD, rows, slots)
         self.is_initialized = True
+        self.show_rows()
+
+    def show_rows(self) -> None:
+        """Let keys and values be those of the cache's rows; further rows wait to be taken."""
+        self.keys, self.values = (whole.narrow(0, 0, self.owner.batch) for whole in self._storage)
 
     def grow(self) -> None:
-        """Take as many slots as the cache now allocates; what they hold stays."""
-        self.keys = _with_slots(self.keys, self.owner.allocated)
-        self.values = _with_slots(self.values, self.owner.allocated)
+        """Take as many rows and slots as the cache now allocates; what they hold stays."""
+        self.allocate(self.keys, self.values)
+
+    def absorb(self, other: RaggedLayer, *, before: int, end: int, moves: bool) -> None:
+        """Append the rows of another layer; see `RaggedCache.absorb`."""
+        if not (self.is_initialized or other.is_initialized):
+            return
+        if not self.is_initialized:
+            # Nobody has run this layer for the rows that are here, and nobody will look at what it holds for them.
+            self.allocate(other.keys[:0], other.values[:0])
+        elif moves:
+            self.allocate(self.keys, self.values)
+        self.show_rows()
+        theirs = (other.keys, other.values) if other.is_initialized else (None, None)
+        for whole, new in zip(self._storage, theirs, strict=True):
+            place = whole[before : self.owner.batch]
+            # What a row left behind is finite, but head layers may be read before they are written.
+            place.zero_()
+            if new is not None:
+                place[:, :, :end] = new[:, :, :end]
+
+    def select(self, from_R: Tensor, to_R: Tensor, *, end: int, shrinks: bool) -> None:
+        """Keep some rows; see `RaggedCache.select`."""
+        if not self.is_initialized:
+            return
+        if len(to_R):
+            for whole in self._storage:
+                whole[to_R, :, :end] = whole[from_R, :, :end]
+        self.show_rows()
+        if shrinks:
+            self.allocate(self.keys, self.values)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the current forward's keys and values at its slots and return the visible ones."""
@@ -106,6 +146,8 @@ class RaggedCache(Cache):  # type: ignore[misc]
         width: M of the current forward.
         slots_BM: slots of the current forward where rows differ, else None.
         hidden: head layer -> bool [B, C], slots that hold nothing for it (`headway.decoding.gaps`).
+        allocated_rows: rows that the layers have room for, the batch's first.
+        end: first slot after those of the current forward; nothing that counts lies beyond it.
     """
 
     def __init__(
@@ -133,8 +175,15 @@ class RaggedCache(Cache):  # type: ignore[misc]
         self.width = 0
         self.slots_BM: Tensor | None = None
         self.hidden: dict[int, Tensor] = {}
+        self.allocated_rows = batch
+        self.end = 0
         self.rows_B1 = torch.arange(batch, device=device)[:, None]
         super().__init__(layers=[RaggedLayer(self, self.views[window]) for window in windows])
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return self.rows_B1.shape[0]
 
     def begin_aligned(self, position: int, width: int) -> None:
         """The next forward writes slots position .. position + width - 1 of every row.
@@ -144,6 +193,7 @@ class RaggedCache(Cache):  # type: ignore[misc]
         """
         self._make_room(position + width)
         self.position, self.width, self.slots_BM = position, width, None
+        self.end = position + width
         for view in self.views.values():
             view.cover(position, position + width)
 
@@ -155,6 +205,7 @@ class RaggedCache(Cache):  # type: ignore[misc]
         """
         self._make_room(end)
         self.position, self.width, self.slots_BM = first, slots_BM.shape[1], slots_BM
+        self.end = end
         for view in self.views.values():
             view.cover(first, end)
 
@@ -186,6 +237,53 @@ class RaggedCache(Cache):  # type: ignore[misc]
                 layer.keys[self.rows_B1, :, to_BA] = layer.keys[self.rows_B1, :, from_BA]
                 layer.values[self.rows_B1, :, to_BA] = layer.values[self.rows_B1, :, from_BA]
 
+    def absorb(self, other: RaggedCache, *, rows: int) -> None:
+        """Append the rows of another cache of the same model.
+
+        Args:
+            other: not to be used afterwards.
+            rows: to have room for, so that not every newcomer moves everybody else; the batch at least.
+        """
+        before = self.batch
+        self.rows_B1 = torch.arange(before + other.batch, device=self.rows_B1.device)[:, None]
+        self.capacity = max(self.capacity, other.capacity)
+        wanted = min(max(self.allocated, other.allocated), self.capacity), max(rows, self.batch)
+        moves = wanted != (self.allocated, self.allocated_rows)
+        self.allocated, self.allocated_rows = wanted
+        for own, new in zip(self.layers, other.layers, strict=True):
+            own.absorb(new, before=before, end=other.end, moves=moves)
+        for index in {*self.hidden, *other.hidden}:
+            mine_BC, theirs_BC = self._hidden_slots(index, before), other._hidden_slots(index, other.batch)
+            self.hidden[index] = torch.cat(
+                [F.pad(hidden_BC, (0, self.capacity - hidden_BC.shape[1])) for hidden_BC in (mine_BC, theirs_BC)]
+            )
+        self.end = max(self.end, other.end)
+
+    def select(self, rows: Sequence[int], *, capacity: int) -> None:
+        """Keep some rows, in the order given; slots are given back where less than half of them can still be reached.
+
+        Args:
+            rows: of the batch; those that keep their place are not moved.
+            capacity: slots per row at the limit, of the rows that stay.
+        """
+        moved = [(place, row) for place, row in enumerate(rows) if place != row]
+        to_R, from_R = torch.tensor(moved, device=self.rows_B1.device).reshape(-1, 2).T
+        kept = torch.tensor(list(rows), device=self.rows_B1.device)
+        self.rows_B1 = torch.arange(len(rows), device=self.rows_B1.device)[:, None]
+        self.capacity = capacity
+        shrinks = 2 * capacity <= self.allocated or 4 * len(rows) <= self.allocated_rows
+        if shrinks:
+            self.allocated = min(self.allocated, capacity)
+            self.allocated_rows = min(self.allocated_rows, 2 * len(rows))
+        self.end = min(self.end, self.allocated)
+        for layer in self.layers:
+            layer.select(from_R, to_R, end=self.end, shrinks=shrinks)
+        self.hidden = {index: hidden_BC[kept][:, :capacity] for index, hidden_BC in self.hidden.items()}
+
+    def _hidden_slots(self, index: int, batch: int) -> Tensor:
+        nothing_BC = torch.zeros(batch, self.capacity, dtype=torch.bool, device=self.rows_B1.device)
+        return self.hidden.get(index, nothing_BC)
+
     def _make_room(self, end: int) -> None:
         if end > self.capacity:
             raise DecodingError(f"the cache holds {self.capacity} slots per row, {end} are needed; make it larger")
@@ -197,11 +295,12 @@ class RaggedCache(Cache):  # type: ignore[misc]
                     layer.grow()
 
 
-def _with_slots(old_BHSD: Tensor, slots: int) -> Tensor:
+def _with_room(old_BHSD: Tensor, rows: int, slots: int) -> Tensor:
     batch, heads, filled, width = old_BHSD.shape
-    new_BHSD = old_BHSD.new_zeros(batch, heads, slots, width)
-    new_BHSD.narrow(2, 0, filled).copy_(old_BHSD)
-    return new_BHSD
+    kept = min(filled, slots)
+    new_RHSD = old_BHSD.new_zeros(rows, heads, slots, width)
+    new_RHSD[:batch, :, :kept] = old_BHSD[:, :, :kept]
+    return new_RHSD
 
 
 def attention_windows(config: Any, *, num_heads: int) -> list[int | None]:

@@ -112,14 +112,15 @@ class PathTreeDrafter:
     def __init__(self, executor: EagerExecutor, tree: Tree) -> None:
         self._executor = executor
         self._tree = tree
-        self._steps: dict[int, list[LevelStep]] = {}
+        self._steps: dict[tuple[int, int], list[LevelStep]] = {}
 
     def block(self, standing: Standing, last_B1: Tensor, *, depth: int) -> Block:
         """See `Drafter.block`."""
         tree = self._tree.truncated(depth)
-        steps = self._steps.get(tree.depth)
+        kind = tree.depth, last_B1.shape[0]
+        steps = self._steps.get(kind)
         if steps is None:
-            steps = self._steps[tree.depth] = [LevelStep.of(level, last_B1) for level in tree.levels]
+            steps = self._steps[kind] = [LevelStep.of(level, last_B1) for level in tree.levels]
         levels = self._executor.begin_levels(standing.states, standing.nodes, count=tree.depth)
         tokens, open_BX = [last_B1], last_B1
         for step in steps:
@@ -177,6 +178,14 @@ class LookupDrafter:
         self._count = count
         self._beside = beside
 
+    def absorb(self, other: LookupDrafter) -> None:
+        """Append the texts of further rows."""
+        self._indices += other._indices
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep the texts of some rows, in the order given."""
+        self._indices = [self._indices[row] for row in rows]
+
     def block(self, standing: Standing, last_B1: Tensor, *, depth: int) -> Block:
         """See `Drafter.block`."""
         for index, tokens in zip(self._indices, standing.emitted, strict=True):
@@ -226,7 +235,11 @@ class DrawnDrafter:
         self._tree = tree
         self._history = history
         self._seeds = seeds
-        self._ends = end_token_ids
+        self._end_token_ids = end_token_ids
+
+    def _ends(self, row: int) -> frozenset[int]:
+        """Tokens that end a row's text."""
+        return self._end_token_ids
 
     def block(self, standing: Standing, last_B1: Tensor, *, depth: int) -> Block:
         """See `Drafter.block`."""
@@ -256,7 +269,7 @@ class DrawnDrafter:
     ) -> None:
         """Draw the children of one node in every row."""
         path = tree.path(node)
-        rows = [row for row in standing.live if node == 0 or tokens[row][node] not in {-1, *self._ends}]
+        rows = [row for row in standing.live if node == 0 or tokens[row][node] not in {-1, *self._ends(row)}]
         ahead = {row: standing.made[row] + len(path) for row in rows}
         # After an end token, and beyond a row's last possible one, nothing is verified.
         rows = [row for row in rows if ahead[row] < self._history.max_new_tokens]

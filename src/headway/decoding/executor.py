@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from headway.decoding.cache import RaggedCache, attention_windows
@@ -21,7 +22,7 @@ from headway.decoding.prefill import pieces, reads_at_once
 from headway.decoding.prompts import Prompts
 from headway.decoding.room import check_room
 from headway.functional.tree import Tree
-from headway.heads.base import DraftPoint
+from headway.heads.base import DraftPoint, Heads
 from headway.model.output import OffsetHiddenStates
 
 FIRST_NEW_TOKENS = 64
@@ -76,7 +77,7 @@ class EagerExecutor:
         # lie only drafts that the limit will cut, whose position does not matter as long as the model has it.
         self._last_position = max(prompts.lengths) + max_new_tokens - 2
         self._lookback: int = model.heads.lookback(num_draft_tokens)
-        most_repeated = max(self._lookback, REREAD) if changing else self._lookback
+        most_repeated = most_repeated_tokens(model.heads, num_draft_tokens, changing=changing)
         self._chunk = None if reads_at_once(model.config) else prefill_chunk_tokens
         self._num_draft_tokens = num_draft_tokens
         self._head_layers: int = model.heads.cache_layers(num_draft_tokens)
@@ -98,16 +99,20 @@ class EagerExecutor:
         self._gaps = HeadGaps(model.heads, self.cache, longest=num_draft_tokens) if changing else None
         self._unwritten: deque[tuple[list[int], Tensor]] = deque(maxlen=most_repeated + 1)
         self._repeats = bool(self._lookback or (self._gaps is not None and self._gaps.reread))
-        self._masks = BlockMasks(
-            model.config,
-            self.cache,
-            width=width + most_repeated,
-            dtype=embedding.dtype,
-            device=self.device,
-        )
+        self._widest = width + most_repeated
         self._known: DraftPoint | None = None
-        self._positions_BC = torch.arange(self.cache.capacity, device=self.device).expand(prompts.batch, -1)
-        self._rows_B = torch.arange(prompts.batch, device=self.device)
+        columns = prompts.ids_BP.shape[1]
+        self._in_pieces = self._chunk is not None and columns > self._chunk
+        self._pieces = deque(pieces(columns - 1, self._chunk) if self._chunk and self._in_pieces else ())
+        self._fit_to_cache()
+
+    def _fit_to_cache(self) -> None:
+        """Make what depends on the rows of the batch and on their room."""
+        cache = self.cache
+        dtype = self._model.get_input_embeddings().weight.dtype
+        self._masks = BlockMasks(self._model.config, cache, width=self._widest, dtype=dtype, device=self.device)
+        self._positions_BC = torch.arange(cache.capacity, device=self.device).expand(cache.batch, -1)
+        self._rows_B = torch.arange(cache.batch, device=self.device)
 
     @property
     def drafts_in_turn(self) -> bool:
@@ -115,14 +120,17 @@ class EagerExecutor:
         return bool(self._model.heads.autoregressive)
 
     def prefill(self, *, num_offsets: int) -> OffsetHiddenStates:
-        """Read the prompts; hidden states [B, 1, D] at each row's last token."""
+        """Read the prompts, or what `read_piece` has left of them; hidden states [B, 1, D] at each row's last token."""
+        while self.pieces_left:
+            self.read_piece()
         ids_BP = self._prompts.ids_BP.to(self.device)
         columns = ids_BP.shape[1]
         if self._repeats:
             self._text_BC = torch.zeros_like(self._positions_BC)
             self._text_BC[:, :columns] = ids_BP
-        if self._chunk is not None and columns > self._chunk:
-            return self._prefill_in_pieces(ids_BP, self._chunk, num_offsets=num_offsets)
+        if self._in_pieces:
+            last_B = torch.tensor(self._prompts.lengths, device=self.device) - 1
+            return self.block(ids_BP.gather(1, last_B[:, None]), last_B.tolist(), num_offsets=num_offsets)
         self.cache.begin_aligned(0, columns)
         # Without a mask the family makes its own causal or windowed one, or none at all where attention can do without.
         # Filler at the end of short rows is behind every real token's back and its slots are overwritten later.
@@ -133,26 +141,29 @@ class EagerExecutor:
             return _select(states, slice(columns - 1, columns))
         return self._gather(states, last_B[:, None])
 
-    def _prefill_in_pieces(self, ids_BP: Tensor, chunk: int, *, num_offsets: int) -> OffsetHiddenStates:
-        """The same in forwards of at most `chunk` columns, each of which attends to what the cache holds.
+    @property
+    def pieces_left(self) -> int:
+        """Pieces of the prompts to read before `prefill` reads the rest; none of prompts that are one piece."""
+        return len(self._pieces)
 
-        No forward is needed for more than its keys and values, but the last one: it is a block of each row's last token,
-        which gives everything that decoding and heads that draft in turn go on from, wherever in the batch's columns that
-        token stands. Filler that short rows were read with lies behind it and is overwritten in time.
+    def read_piece(self) -> None:
+        """Read the next piece of long prompts, for callers who have other things to do between two pieces.
+
+        A piece is a forward of at most `chunk` columns, which attends to what the cache holds. None is needed for more than
+        its keys and values; what follows the last one is a block of each row's last token, which gives everything that
+        decoding and heads that draft in turn go on from, wherever in the batch's columns that token stands. Filler that
+        short rows were read with lies behind it and is overwritten in time.
         """
-        columns = ids_BP.shape[1]
+        start, end = self._pieces.popleft()
+        ids_BP = self._prompts.ids_BP.to(self.device)
         # Heads without keys and values have nothing to keep of a prompt.
         head_offsets = 1 + self._num_draft_tokens if self._head_layers else 1
-        for start, end in pieces(columns - 1, chunk):
-            self.cache.begin_aligned(start, end - start)
-            slots_BM = self._positions_BC[:, start:end]
-            mask = self._masks.ragged(slots_BM[:1]) if start else None
-            states = self._run(ids_BP[:, start:end], mask, slots_BM, head_offsets)
-            if self._model.heads.reads_tokens and self._head_layers:
-                self._read_on(states, ids_BP, start, end)
-        last_B = torch.tensor(self._prompts.lengths, device=self.device) - 1
-        last_B1 = ids_BP.gather(1, last_B[:, None])
-        return self.block(last_B1, last_B.tolist(), num_offsets=num_offsets)
+        self.cache.begin_aligned(start, end - start)
+        slots_BM = self._positions_BC[:, start:end]
+        mask = self._masks.ragged(slots_BM[:1]) if start else None
+        states = self._run(ids_BP[:, start:end], mask, slots_BM, head_offsets)
+        if self._model.heads.reads_tokens and self._head_layers:
+            self._read_on(states, ids_BP, start, end)
 
     def _read_on(self, states: OffsetHiddenStates, ids_BP: Tensor, start: int, end: int) -> None:
         """Let heads that read tokens store a piece's keys and values, with the text after it in place of a draft."""
@@ -292,6 +303,40 @@ class EagerExecutor:
             at_B1 = torch.tensor(at, device=self.device)[:, None]
             self._text_BC.scatter_(1, at_B1 + self._positions_BC[:1, : tokens_BM.shape[1]], tokens_BM)
 
+    def absorb(self, other: EagerExecutor, positions: Sequence[int], *, rows: int) -> None:
+        """Append the rows of another executor of the same model and options, between two forwards.
+
+        Args:
+            other: has read its prompts, with all heads that will run; not to be used afterwards.
+            positions: of its rows' last known tokens.
+            rows: to have room for in the cache (`RaggedCache.absorb`).
+        """
+        if self._repeats:
+            self._write_text()
+            other._write_text()
+        self.cache.absorb(other.cache, rows=rows)
+        self._fit_to_cache()
+        self._last_position = max(self._last_position, other._last_position)
+        self._known = None
+        if self._gaps is not None:
+            self._gaps.absorb(positions)
+        if self._repeats:
+            capacity = self.cache.capacity
+            self._text_BC = torch.cat(
+                [F.pad(text_BC, (0, capacity - text_BC.shape[1])) for text_BC in (self._text_BC, other._text_BC)]
+            )
+
+    def select(self, rows: Sequence[int], *, capacity: int) -> None:
+        """Keep some rows, in the order given, between two forwards (`RaggedCache.select`)."""
+        if self._repeats:
+            self._write_text()
+            self._text_BC = self._text_BC[torch.tensor(list(rows), device=self.device), :capacity]
+        self.cache.select(rows, capacity=capacity)
+        self._fit_to_cache()
+        self._known = None
+        if self._gaps is not None:
+            self._gaps.select(rows)
+
     def logits(self, last_hidden_BMD: Tensor) -> Tensor:
         """Offset-1 logits [B, M, V] of hidden states that the decoder has already normed."""
         logits: Tensor = self._model.unembed(last_hidden_BMD)
@@ -421,6 +466,18 @@ class EagerExecutor:
             last_hidden_BTD=states.last_hidden_BTD[rows_B1, columns_BM],
             future_hidden=tuple(head_BTD[rows_B1, columns_BM] for head_BTD in states.future_hidden),
         )
+
+
+def most_repeated_tokens(heads: Heads, num_draft_tokens: int, *, changing: bool) -> int:
+    """The most known tokens that a forward repeats before its block.
+
+    Args:
+        heads: of the model.
+        num_draft_tokens: K of the heads.
+        changing: whether drafts may be shorter than K at times.
+    """
+    lookback = heads.lookback(num_draft_tokens)
+    return max(lookback, REREAD) if changing else lookback
 
 
 def _select(states: OffsetHiddenStates, columns: slice) -> OffsetHiddenStates:

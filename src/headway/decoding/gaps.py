@@ -68,6 +68,16 @@ class HeadGaps:
                 self._missing[layer] = [max(0, position - self._lag) for position in positions]
         return max(back, self._heads.lookback(drafts)) if room else 0
 
+    def absorb(self, positions: Sequence[int]) -> None:
+        """Further rows join, whose caches lack nothing before their last known tokens at `positions`."""
+        for missing in self._missing:
+            if missing is not None:
+                missing += [max(0, position - self._lag) for position in positions]
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep some rows, in the order given."""
+        self._missing = [missing and [missing[row] for row in rows] for missing in self._missing]
+
     def _close(self, layer: int, missing: Sequence[int], positions: Sequence[int], back: int) -> None:
         """The layer runs again: what is not repeated stays hidden from it."""
         cache, index = self._cache, self._first_layer + layer

@@ -74,7 +74,8 @@ class DecodingLoop:
 
     def __post_init__(self) -> None:
         self.rows = [[] for _ in self.prompts.lengths]
-        self._rooms = [self.max_new_tokens] * self.prompts.batch
+        self._limits = [self.max_new_tokens] * self.prompts.batch
+        self._rooms = list(self._limits)
         self._positions = [length - 1 for length in self.prompts.lengths]
         self._block: Block | None = None
         self._streamed_forwards = 0
@@ -107,8 +108,7 @@ class DecodingLoop:
         """
         # Decided before anything of this forward is known: its tokens follow the model's law whatever the length.
         longest = self.num_draft_tokens if self.controller is None else self.controller.begin()
-        # A forward emits at least one token per row, so heads are needed for what can follow after that.
-        num_offsets = 1 + min(self.num_heads, longest, max(0, max(self._rooms) - 2))
+        num_offsets = self._num_offsets(longest)
         first = self._block is None
         if self._block is None:
             block = Block(self.prompts.ids_BP[:, -1:])
@@ -135,6 +135,10 @@ class DecodingLoop:
         if self.controller is not None and self._block is not None:
             self._tell(self.controller, emissions, block, self._block, first=first)
         return [emission.tokens if emission else [] for emission in emissions]
+
+    def _num_offsets(self, longest: int) -> int:
+        # A forward emits at least one token per row, so heads are needed for what can follow after that.
+        return 1 + min(self.num_heads, longest, max(0, max(self._rooms) - 2))
 
     def _forward(self, block: Block, num_offsets: int) -> OffsetHiddenStates:
         if block.tree is None or block.tree.is_chain:
@@ -187,7 +191,7 @@ class DecodingLoop:
             nodes=[emission.last_node if emission and not emission.finished else 0 for emission in emissions],
             last=last,
             emitted=[emission.tokens if emission else [] for emission in emissions],
-            made=[self.max_new_tokens - room for room in self._rooms],
+            made=[limit - room for limit, room in zip(self._limits, self._rooms, strict=True)],
             live=[row for row, room in enumerate(self._rooms) if room],
         )
         return self.drafter.block(standing, last_B1, depth=depth)

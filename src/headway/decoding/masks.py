@@ -8,6 +8,7 @@ Masks are additive and in the model's dtype: that is what both the "sdpa" and th
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -99,17 +100,24 @@ class BlockMasks:
         self._dtype = dtype
         self._tree_bands: dict[tuple[int, ...], dict[int | None, Tensor]] = {}
         self._slots_C = torch.arange(cache.capacity, device=device)
-        queries_1M = torch.arange(width, device=device)[None] + cache.capacity
-        band_slots = torch.arange(cache.capacity + width, device=device)
-        self._bands = {
-            window: additive_mask(queries_1M, band_slots, window=window, dtype=dtype) for window in cache.views
-        }
+        self._width = width
         # A single query sees every slot that its layer's view shows, so "sdpa" can do without a mask, its fastest case.
         # A family that takes one mask for all layers would then build its own, which is none without a window only.
         self._layer_types = set(getattr(config, "layer_types", None) or ())
         self._single_query_unmasked = getattr(config, "_attn_implementation", None) == "sdpa" and (
             bool(self._layer_types) or set(cache.views) == {None}
         )
+
+    @cached_property
+    def _bands(self) -> dict[int | None, Tensor]:
+        """Made when rows first stand at the same position; in a batch whose rows come and go that may be never."""
+        device, capacity = self._slots_C.device, len(self._slots_C)
+        queries_1M = torch.arange(self._width, device=device)[None] + capacity
+        band_slots = torch.arange(capacity + self._width, device=device)
+        return {
+            window: additive_mask(queries_1M, band_slots, window=window, dtype=self._dtype)
+            for window in self._cache.views
+        }
 
     def aligned(self) -> Tensor | dict[str, Tensor] | dict[str, None] | None:
         """Masks [1, 1, M, S] for a forward of which every row starts at the cache's position."""
