@@ -42,7 +42,13 @@ EXIT_DIFFERENT = 1
 @click.option("--batch", metavar="NUMBER,...", default="1", show_default=True, help="Rows decoded together.")
 @click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True, help="Timed; the arms take turns.")
 @click.option("--warmup", type=click.IntRange(min=0), default=1, show_default=True, help="Rounds before them.")
-@click.option("--tree", metavar="NODES|JSON", default="12", show_default=True, help="Of the arms with a tree.")
+@click.option(
+    "--tree",
+    metavar="NODES|JSON|calibrated",
+    default="12",
+    show_default=True,
+    help="Of the arms with a tree; calibrated is what `headway calibrate` stored for this machine.",
+)
 @click.option(
     "--num-lookup-tokens", type=click.IntRange(min=1), default=8, show_default=True, help="That copies draft."
 )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 
-from headway.errors import ConfigError
+from headway.errors import ConfigError, DataError
 
 Command = Callable[..., Any]
 
@@ -47,8 +48,19 @@ DRAFTING_FLAGS: tuple[Callable[[Command], Command], ...] = (
     ),
     click.option(
         "--tree",
-        metavar="NODES|JSON",
-        help="Verify a tree of candidates per forward: how many, or the tree as [[0], [1], [0, 0], ...]. Default: a chain.",
+        metavar="NODES|JSON|calibrated|dynamic",
+        help="Verify a tree of candidates per forward: how many, the tree as [[0], [1], [0, 0], ...], the one that `headway "
+        "calibrate` stored for this machine, or one whose shape follows the draft's probabilities (dynamic). Default: a chain.",
+    ),
+    click.option("--tree-nodes", type=click.IntRange(min=1), help="Drafted tokens of a dynamic tree. Default: 15."),
+    click.option(
+        "--tree-width", type=click.IntRange(min=1), help="Candidates that a dynamic tree expands per depth. Default: 4."
+    ),
+    click.option(
+        "--draft-vocabulary",
+        type=click.Path(path_type=Path, dir_okay=False),
+        metavar="FILE",
+        help="JSON list of the token ids that the heads draft from; the text is the same. Default: all.",
     ),
     click.option("--num-lookup-tokens", type=click.IntRange(min=1), help="Tokens that a lookup copies. Default: 8."),
     click.option("--lookup-ngram", type=click.IntRange(min=1), help="Most tokens that a lookup matches. Default: 3."),
@@ -88,16 +100,32 @@ def drafting_arguments(given: dict[str, Any]) -> dict[str, Any]:
     """The flags that were given, as arguments of `generate`.
 
     Raises:
-        ConfigError: a tree that is neither a number nor JSON.
+        ConfigError: a tree that is no number, no JSON and none of these words; a draft vocabulary that is no list of numbers.
+        DataError: a file that cannot be read.
     """
     arguments = {name: value for name, value in given.items() if value is not None}
-    if "tree" in arguments:
+    if "draft_vocabulary" in arguments:
+        arguments["draft_vocabulary"] = _read_ids(arguments["draft_vocabulary"])
+    if arguments.get("tree", "calibrated") not in ("calibrated", "dynamic"):
         try:
             arguments["tree"] = json.loads(arguments["tree"])
         except json.JSONDecodeError:
             arguments["tree"] = None
         if not isinstance(arguments["tree"], int | list):
             raise ConfigError(
-                f"--tree takes a number of nodes or a JSON list of paths such as [[0], [1], [0, 0]]: got {given['tree']!r}"
+                f"--tree takes a number of nodes, a JSON list of paths such as [[0], [1], [0, 0]], calibrated or dynamic: got "
+                f"{given['tree']!r}"
             )
     return arguments
+
+
+def _read_ids(path: Path) -> list[int]:
+    try:
+        ids = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}; check the path") from error
+    except ValueError:
+        ids = None
+    if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
+        raise ConfigError(f"--draft-vocabulary takes a file with a JSON list of token ids: {path} has none")
+    return ids

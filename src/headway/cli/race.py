@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from headway.cli.console import DTYPES, emit_json
-from headway.cli.drafting import EXECUTOR_FLAG
+from headway.cli.drafting import EXECUTOR_FLAG, drafting_arguments
 from headway.cli.generate import EXIT_DIFFERENT, Sampling, open_session
 from headway.cli.prompt import read_prompt
 from headway.errors import ConfigError, DecodingError
@@ -22,6 +22,11 @@ GREEDY = Sampling(temperature=None, top_p=None, seed=None)
 @click.option(
     "--num-draft-tokens", type=click.IntRange(min=1), help="Drafted tokens per forward. Default: one per head."
 )
+@click.option(
+    "--tree",
+    metavar="NODES|JSON|calibrated",
+    help="Race with a tree of candidates, as `headway generate` does. Default: a chain.",
+)
 @EXECUTOR_FLAG
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of the weights. Default: as saved.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: torch's own choice.")
@@ -30,6 +35,7 @@ def race_command(
     prompt: str | None,
     max_new_tokens: int | None,
     num_draft_tokens: int | None,
+    tree: str | None,
     executor: str | None,
     dtype: str | None,
     threads: int | None,
@@ -55,7 +61,7 @@ def race_command(
         stop=(),
         limit=max_new_tokens,
         show_blocks=False,
-        drafting={} if executor is None else {"executor": executor},
+        drafting=drafting_arguments({"executor": executor, "tree": tree}),
     )
     if not session.loaded.has_heads:
         raise DecodingError(f"{session.loaded.name} has no heads, so there is no race; pass a headway folder")

@@ -64,8 +64,8 @@ class MachineKey:
 
     def in_words(self) -> str:
         """For a person."""
-        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
-        return f"{self.processor}, {self.cores} cores, {threads}, {self.dtype}, {self.executor}, batch {self.batch}"
+        counts = [f"{n} {what}{'' if n == 1 else 's'}" for n, what in ((self.cores, "core"), (self.threads, "thread"))]
+        return ", ".join((self.processor, *counts, self.dtype, self.executor, f"batch {self.batch}"))
 
     def differences(self, other: MachineKey) -> list[str]:
         """Names and values in which two keys differ, for a notice."""

@@ -32,7 +32,7 @@ class ArmOptions:
     Attributes:
         names: of `ARMS`, or "chain-K".
         executors: each runs every arm of this project's engine.
-        tree: of the arms "tree" and "heads+lookup": drafted tokens of the default tree, or paths of ranks.
+        tree: of the arms "tree" and "heads+lookup": drafted tokens of the default tree, paths of ranks, or "calibrated".
         num_lookup_tokens: that a copy drafts, here and in Hugging Face's prompt lookup.
         assistant: folder of a smaller model for Hugging Face's assisted generation.
         gguf: files for llama.cpp.
@@ -40,7 +40,7 @@ class ArmOptions:
 
     names: tuple[str, ...] = ARMS
     executors: tuple[str, ...] = EXECUTORS
-    tree: int | Sequence[Sequence[int]] = 12
+    tree: int | str | Sequence[Sequence[int]] = 12
     num_lookup_tokens: int = 8
     assistant: Path | None = None
     gguf: tuple[Path, ...] = field(default=())
@@ -75,12 +75,13 @@ def build_arms(model: MultiTokenLM, options: ArmOptions, limits: Limits) -> tupl
             if isinstance(arguments, str):
                 skipped.append(Skipped(name + suffix, arguments))
                 continue
+            # What is calibrated holds for one executor.
+            arguments = arguments | {"executor": executor}
             try:
                 plan = plan_drafts(DecodingOptions(**arguments), model, do_sample=False)
             except HeadwayError as error:
                 skipped.append(Skipped(name + suffix, str(error)))
                 continue
-            arguments = arguments | {"executor": executor}
             arms.append(
                 Arm(
                     name=name + suffix,
