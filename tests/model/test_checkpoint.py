@@ -83,6 +83,17 @@ def test_other_precisions_load_and_heads_keep_theirs(saved, tmp_path):
     assert {p.dtype for p in again.base.parameters()} == {torch.bfloat16}
 
 
+def test_weights_stored_in_half_that_ask_for_float32_load_whole_in_float32(tmp_path):
+    half = tiny_model(dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    again = MultiTokenLM.from_pretrained(tmp_path)
+    assert {p.dtype for p in again.parameters()} == {torch.float32}
+    for name, tensor in half.state_dict().items():
+        assert torch.equal(tensor.float(), again.state_dict()[name])
+
+
 def test_heads_alone_round_trip_on_their_base_and_refuse_another(tmp_path):
     base = tiny_base("llama")
     model = attach_heads(base, MultiTokenConfig(num_future_tokens=3, head_init="fresh"))

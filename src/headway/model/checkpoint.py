@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 from headway.errors import CheckpointError, HeadwayError
 from headway.model.base_folder import BASE_FOLDER, INDEX_FILE, base_place, save_base
 from headway.model.config import FORMAT_VERSION, MultiTokenConfig
-from headway.model.fingerprint import base_fingerprint, same_base, same_tensors, untied_tensors
+from headway.model.fingerprint import base_fingerprint, dtype_names, same_base, same_tensors, untied_tensors
 from headway.model.folder import HEADS_FOLDER, write_folder
 from headway.provenance import provenance
 
@@ -115,7 +115,7 @@ def load_model(cls: Any, source: str | PathLike[str], *, base: Any = None, **kwa
         )
     was_training = base.training
     model = cls(base, mtp_config)
-    _load_heads(model, tensors, folder, keep_dtype="dtype" not in kwargs)
+    _load_heads(model, tensors, folder, keep_dtype="dtype" not in kwargs and _as_saved(record, base))
     model.train(was_training)
     _FOLDERS[model] = folder
     return model
@@ -358,6 +358,12 @@ def _load_base(folder: Path, record: Mapping[str, Any], options: Mapping[str, An
             path=where,
         )
     return base
+
+
+def _as_saved(record: Mapping[str, Any], base: Any) -> bool:
+    """Whether the base has the precision that it was saved in; where its config.json asks for another, heads follow it."""
+    recorded = record["base"]["fingerprint"].get("dtype")
+    return recorded in (None, dtype_names(untied_tensors(base, base.state_dict())))
 
 
 def _check_fit(model: Any, tensors: Mapping[str, Tensor], folder: Path) -> None:

@@ -87,7 +87,7 @@ def same_base(recorded: Mapping[str, str], base: Any) -> bool:
 
 def same_tensors(recorded: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bool:
     """`same_base` for the base's tensors, tied repetitions left out."""
-    if _dtypes(tensors) == recorded.get("dtype"):
+    if dtype_names(tensors) == recorded.get("dtype"):
         return weights_fingerprint(tensors) == recorded.get("sha256")
     return weights_fingerprint(tensors, dtype=torch.bfloat16) == recorded.get("sha256_bfloat16")
 
@@ -98,7 +98,8 @@ def untied_tensors(base: Any, state_dict: Mapping[str, Tensor]) -> dict[str, Ten
     return {name: tensor for name, tensor in state_dict.items() if name not in repeated}
 
 
-def _dtypes(tensors: Mapping[str, Tensor]) -> str:
+def dtype_names(tensors: Mapping[str, Tensor]) -> str:
+    """The types of tensors in words, as a fingerprint records them."""
     return _dtype_names({tensor.dtype for tensor in tensors.values()})
 
 
