@@ -215,7 +215,7 @@ def test_processors_and_ends_act_along_the_path(monkeypatch):
         ({"tree": [(0, 0)]}, r"not \(0,\), where it begins"),
         ({"tree": [(0,), (0, 0)], "num_draft_tokens": 1}, "2 tokens deep, the heads draft 1"),
         ({"tree": [(40,)]}, "takes rank 40 of 40 tokens"),
-        ({"tree": "abc"}, "a number of nodes or a list of paths"),
+        ({"tree": "abc"}, "a number of nodes, a list of paths"),
         ({"tree": 5, "drafts": "lookup"}, "drafts='heads' or 'heads"),
         ({"drafts": "lookup", "num_draft_tokens": 2}, "pass num_lookup_tokens"),
         ({"drafts": "assistant"}, r"drafts must be one of heads, lookup, heads\+lookup"),
