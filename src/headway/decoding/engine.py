@@ -56,6 +56,8 @@ from headway.decoding.drafting import (
 )
 from headway.decoding.draft_vocabulary import SlicedDrafts, check_draft_vocabulary
 from headway.decoding.executor import EagerExecutor
+from headway.decoding.graphs.loop import GraphLoop
+from headway.decoding.graphs.served import graph_executor
 from headway.decoding.history import History, PrefixGate
 from headway.decoding.lean.admission import lean_model
 from headway.decoding.lean.executor import LeanExecutor
@@ -90,7 +92,7 @@ from headway.decoding.refusals import (
 )
 from headway.decoding.scored import Recorder, RowSeeds, ScoredChooser
 from headway.errors import DecodingError
-from headway.functional.acceptance import greedy_match
+from headway.functional.acceptance import greedy_match, sample_and_match
 from headway.model.decoding_engine import register_engine
 
 logger = logging.getLogger(__name__)
@@ -309,15 +311,32 @@ class Engine:
                 other_criteria=not plain_limits,
                 recorder=recorder,
             )
-        executor, eager_note = self._executor(model, prompts, options, plan, max_new_tokens)
+        executor: EagerExecutor
+        on_graphs, eager_note = options.executor == "graph", None
+        if on_graphs:
+            executor = graph_executor(
+                model,
+                prompts,
+                options,
+                plan,
+                max_new_tokens=max_new_tokens,
+                processors=logits_processor,
+                end_token_ids=ends,
+                seeds=seeds,
+                matches=rule in (greedy_match, sample_and_match),
+                plain_limits=plain_limits,
+                records=recorder is not None,
+            )
+        else:
+            executor, eager_note = self._executor(model, prompts, options, plan, max_new_tokens)
         lossy = lossy_note(request.options, do_sample=do_sample) if plan.depth else None
-        return DecodingLoop(
+        return (GraphLoop if on_graphs else DecodingLoop)(
             executor=executor,
             chooser=chooser,
             prompts=prompts,
             given_BT=self._as_given(request, history_BT),
             num_future_tokens=model.num_future_tokens,
-            drafter=self._drafter(plan, request.options, executor, prompts, history, seeds, ends),
+            drafter=None if on_graphs else self._drafter(plan, request.options, executor, prompts, history, seeds, ends),
             num_draft_tokens=plan.depth,
             num_heads=plan.heads,
             max_new_tokens=max_new_tokens,

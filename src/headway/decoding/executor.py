@@ -31,6 +31,9 @@ FIRST_NEW_TOKENS = 64
 Pick = Callable[[Tensor, int], Tensor]
 """(logits [B, V], offset) -> the drafted token of each row [B]."""
 
+Nodes = Sequence[int] | Tensor
+"""A column of the last forward for each row; a tensor [B] where the host does not know it."""
+
 
 class EagerExecutor:
     """The model as it is, on one batch: prefill once, then block after block.
@@ -82,20 +85,8 @@ class EagerExecutor:
         self._num_draft_tokens = num_draft_tokens
         self._head_layers: int = model.heads.cache_layers(num_draft_tokens)
         capacity = max(prompts.lengths) + max_new_tokens + width - 1 + most_repeated
-        check_room(
-            model,
-            batch=prompts.batch,
-            capacity=capacity,
-            num_head_layers=self._head_layers,
-            max_new_tokens=max_new_tokens,
-        )
-        self.cache = RaggedCache(
-            attention_windows(model.config, num_heads=self._head_layers),
-            batch=prompts.batch,
-            capacity=capacity,
-            device=self.device,
-            initial=capacity - max_new_tokens + FIRST_NEW_TOKENS,
-        )
+        windows = attention_windows(model.config, num_heads=self._head_layers)
+        self.cache = self._new_cache(windows, capacity=capacity, max_new_tokens=max_new_tokens)
         self._gaps = HeadGaps(model.heads, self.cache, longest=num_draft_tokens) if changing else None
         self._unwritten: deque[tuple[list[int], Tensor]] = deque(maxlen=most_repeated + 1)
         self._repeats = bool(self._lookback or (self._gaps is not None and self._gaps.reread))
@@ -118,6 +109,23 @@ class EagerExecutor:
     def drafts_in_turn(self) -> bool:
         """Whether what a head says depends on the tokens drafted before it (`Heads.autoregressive`)."""
         return bool(self._model.heads.autoregressive)
+
+    def _new_cache(self, windows: Sequence[int | None], *, capacity: int, max_new_tokens: int) -> RaggedCache:
+        """A cache for the batch, once it is known to fit."""
+        check_room(
+            self._model,
+            batch=self._prompts.batch,
+            capacity=capacity,
+            num_head_layers=self._head_layers,
+            max_new_tokens=max_new_tokens,
+        )
+        return RaggedCache(
+            windows,
+            batch=self._prompts.batch,
+            capacity=capacity,
+            device=self.device,
+            initial=capacity - max_new_tokens + FIRST_NEW_TOKENS,
+        )
 
     def prefill(self, *, num_offsets: int) -> OffsetHiddenStates:
         """Read the prompts, or what `read_piece` has left of them; hidden states [B, 1, D] at each row's last token."""
@@ -343,7 +351,7 @@ class EagerExecutor:
         return logits
 
     def draft(
-        self, states: OffsetHiddenStates, accepted: Sequence[int], *, last_B: Tensor | None = None, count: int
+        self, states: OffsetHiddenStates, accepted: Nodes, *, last_B: Tensor | None = None, count: int
     ) -> Tensor:
         """The heads' most likely tokens after the last accepted position of each row.
 
@@ -362,7 +370,7 @@ class EagerExecutor:
         draft_KB: Tensor = self.draft_logits(states, accepted, count=count).argmax(dim=-1)
         return draft_KB.T
 
-    def draft_logits(self, states: OffsetHiddenStates, nodes: Sequence[int], *, count: int) -> Tensor:
+    def draft_logits(self, states: OffsetHiddenStates, nodes: Nodes, *, count: int) -> Tensor:
         """What heads say at one node of each row whatever was drafted before; not for heads that read drafted tokens.
 
         Args:
@@ -374,10 +382,10 @@ class EagerExecutor:
             [K, B, V]; item i is offset i + 2. Of heads with a Markov bias without it, and without soft-capping.
         """
         future = states.future_hidden[:count]
-        if len(set(nodes)) == 1:
+        if not isinstance(nodes, Tensor) and len(set(nodes)) == 1:
             hidden_KBD = torch.stack([head_BMD[:, nodes[0]] for head_BMD in future])
         else:
-            at_B = torch.tensor(nodes, device=self.device)
+            at_B = torch.as_tensor(nodes, device=self.device)
             hidden_KBD = torch.stack([head_BMD[self._rows_B, at_B] for head_BMD in future])
         logits = self._logits_before_bias if self._model.heads.markov is not None else self._model.offset_logits
         if self._model.heads.unembeddings is not None:
@@ -386,7 +394,7 @@ class EagerExecutor:
         logits_KBV: Tensor = logits(hidden_KBD, offset=2)
         return logits_KBV
 
-    def begin_levels(self, states: OffsetHiddenStates, nodes: Sequence[int], *, count: int) -> Levels:
+    def begin_levels(self, states: OffsetHiddenStates, nodes: Nodes, *, count: int) -> Levels:
         """Start a draft whose next tokens may depend on those before: the heads' logits, one depth after the other.
 
         Args:
@@ -401,17 +409,17 @@ class EagerExecutor:
                 return SharedLevels(logits_KBV)
             return SharedLevels(logits_KBV, bias=self._markov_bias, soft_cap=self._soft_cap)
         assert self._known is not None
-        columns_B = self._known.columns_B + torch.tensor(nodes, device=self.device)
+        columns_B = self._known.columns_B + torch.as_tensor(nodes, device=self.device)
         return SteppedLevels(heads.begin_draft(replace(self._known, columns_B=columns_B)), self._stepped_logits)
 
     def draft_picked(
-        self, states: OffsetHiddenStates, accepted: Sequence[int], *, last_B: Tensor, count: int, pick: Pick
+        self, states: OffsetHiddenStates, accepted: Nodes, *, last_B: Tensor, count: int, pick: Pick
     ) -> Tensor:
         """As `draft`, with tokens that the caller picks from each offset's logits, offset after offset."""
         return self._draft_in_turn(states, accepted, last_B, pick, count=count)
 
     def _draft_in_turn(
-        self, states: OffsetHiddenStates, accepted: Sequence[int], last_B: Tensor, pick: Pick, *, count: int
+        self, states: OffsetHiddenStates, accepted: Nodes, last_B: Tensor, pick: Pick, *, count: int
     ) -> Tensor:
         """Offset by offset, each told the token before it."""
         levels = self.begin_levels(states, accepted, count=count)

@@ -28,7 +28,7 @@ from headway.functional.tree import Tree, default_tree
 
 AcceptanceName = Literal["exact", "tokenwise", "typical", "top_k", "distance"]
 DraftsName = Literal["heads", "lookup", "heads+lookup"]
-ExecutorName = Literal["eager", "lean"]
+ExecutorName = Literal["eager", "lean", "graph"]
 
 LOSSY: tuple[AcceptanceName, ...] = ("typical", "top_k", "distance")
 """Acceptance rules under which the text is not the model's own."""
@@ -66,7 +66,9 @@ class DecodingOptions:
             it would get alone. None draws a number from torch's global generator.
         executor: what runs the model: "eager", the Hugging Face model as it is; "lean", fused blocks with the same
             weights in a layout that reads faster (`headway.decoding.lean`; takes the memory of a second copy of them).
-            A model that has no lean form runs eagerly, and the result's note says why.
+            A model that has no lean form runs eagerly, and the result's note says why. "graph", on CUDA: lean blocks, with
+            acceptance and the next draft on the device, and every step replayed as a CUDA graph
+            (`headway.decoding.graphs`); what it does not serve, trees for example, it refuses.
         prefill_chunk_tokens: the most tokens of a prompt that one forward reads: longer prompts are read in pieces, which
             keeps memory from growing with the square of their length; the text is the same. None reads any prompt in one
             forward, as do models whose rotary frequencies depend on the length ("dynamic", "longrope").

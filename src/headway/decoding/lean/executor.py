@@ -5,14 +5,13 @@ Legend: B rows, M positions of a block, N future tokens, K drafted tokens, V voc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from headway.decoding.draft_vocabulary import SlicedDrafts
-from headway.decoding.executor import EagerExecutor
+from headway.decoding.executor import EagerExecutor, Nodes
 from headway.decoding.lean.model import LeanModel
 from headway.model.output import OffsetHiddenStates
 
@@ -54,11 +53,11 @@ class LeanExecutor(EagerExecutor):
             return self._ahead[1][0]
         return super().logits(last_hidden_BMD)
 
-    def draft_logits(self, states: OffsetHiddenStates, nodes: Sequence[int], *, count: int) -> Tensor:
+    def draft_logits(self, states: OffsetHiddenStates, nodes: Nodes, *, count: int) -> Tensor:
         """See `EagerExecutor.draft_logits`."""
         if self._ahead is None or self._ahead[0] is not states:
             return super().draft_logits(states, nodes, count=count)
         future_KBMV = self._ahead[1][1 : 1 + count]
-        if len(set(nodes)) == 1:
+        if not isinstance(nodes, Tensor) and len(set(nodes)) == 1:
             return future_KBMV[:, :, nodes[0]]
-        return future_KBMV[:, self._rows_B, torch.tensor(nodes, device=self.device)]
+        return future_KBMV[:, self._rows_B, torch.as_tensor(nodes, device=self.device)]
