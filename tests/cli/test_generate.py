@@ -342,6 +342,7 @@ def test_a_folder_without_tokenizer_is_one_line(headway, byte_folder: Path, tmp_
 DRAFTING = {
     "default tree": ("--tree", "8"),
     "tree": ("--tree", "[[0], [1], [0, 0]]"),
+    "dynamic tree": ("--tree", "dynamic", "--tree-nodes", "6", "--tree-width", "2"),
     "lookup": ("--drafts", "lookup", "--num-lookup-tokens", "5", "--lookup-ngram", "2"),
     "heads and lookup": ("--drafts", "heads+lookup", "--tree", "6"),
 }

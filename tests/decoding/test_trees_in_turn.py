@@ -9,8 +9,9 @@ import torch
 
 from decoding_cases import ragged_batch, script_levels
 from head_cases import head_model
-from headway.decoding.drafting import PathTreeDrafter, TreeDrafter
+from headway.decoding.drafting import TreeDrafter
 from headway.decoding.executor import EagerExecutor
+from headway.decoding.tree_drafting import PathTreeDrafter
 from headway.functional.tree import Tree
 from tiny_models import tiny_model
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from headway.functional.acceptance import accept_greedy_chain
+from headway.functional.row_trees import RowTrees
 from headway.functional.tree import Tree
 
 
@@ -51,7 +52,7 @@ class Chooser(Protocol):
         block_BM: Tensor,
         rooms: Sequence[int],
         *,
-        tree: Tree | None = None,
+        tree: Tree | RowTrees | None = None,
         draft_probs: Sequence[Mapping[int, Tensor]] | None = None,
         absent: Sequence[frozenset[int]] | None = None,
     ) -> list[Emission | None]:
@@ -79,7 +80,7 @@ class GreedyChooser:
         block_BM: Tensor,
         rooms: Sequence[int],
         *,
-        tree: Tree | None = None,
+        tree: Tree | RowTrees | None = None,
         draft_probs: Sequence[Mapping[int, Tensor]] | None = None,
         absent: Sequence[frozenset[int]] | None = None,
     ) -> list[Emission | None]:
@@ -102,24 +103,24 @@ class GreedyChooser:
         ]
 
     def _choose_in_tree(
-        self, targets: list[list[int]], blocks: list[list[int]], rooms: Sequence[int], tree: Tree
+        self, targets: list[list[int]], blocks: list[list[int]], rooms: Sequence[int], tree: Tree | RowTrees
     ) -> list[Emission | None]:
         """The longest path of the model's own choices; several nodes of one depth may hold the same token."""
         emissions: list[Emission | None] = []
-        for target, block, room in zip(targets, blocks, rooms, strict=True):
+        for row, (target, block, room) in enumerate(zip(targets, blocks, rooms, strict=True)):
             if not room:
                 emissions.append(None)
                 continue
-            found, own = [0], [target[0]]
+            shape, found, own = tree.of_row(row), [0], [target[0]]
             while True:
-                below = [child for node in found for child in tree.children[node] if block[child] == own[-1]]
+                below = [child for node in found for child in shape.children[node] if block[child] == own[-1]]
                 if not below:
                     break
                 found = below
                 own.append(target[found[0]])
-            nodes = tree.path(found[0])
+            nodes = shape.path(found[0])
             emission = self._emit(own, len(nodes), room)
-            compared = len(nodes) + bool(tree.children[found[0]])
+            compared = len(nodes) + bool(shape.children[found[0]])
             emissions.append(replace(emission, nodes=nodes, drafted=min(compared, len(emission.tokens))))
         return emissions
 

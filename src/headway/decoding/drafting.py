@@ -16,8 +16,9 @@ from headway.decoding.executor import EagerExecutor
 from headway.decoding.history import History
 from headway.decoding.lookup import TextIndex
 from headway.decoding.scored import RowSeeds
+from headway.functional.row_trees import RowTrees
 from headway.functional.sampling import without_token
-from headway.functional.tree import Tree, TreeLevel
+from headway.functional.tree import Tree
 from headway.model.output import OffsetHiddenStates
 
 
@@ -27,13 +28,13 @@ class Block:
 
     Attributes:
         tokens_BM: the last known token of each row, and its draft.
-        tree: of the positions; None for a chain.
+        tree: of the positions, of all rows or of each; None for a chain.
         draft_probs: per row, where drafts were drawn: node -> the distribution that its children were drawn from.
         absent: per row the nodes that hold a filler; None where there is none.
     """
 
     tokens_BM: Tensor
-    tree: Tree | None = None
+    tree: Tree | RowTrees | None = None
     draft_probs: Sequence[Mapping[int, Tensor]] | None = None
     absent: Sequence[frozenset[int]] | None = None
 
@@ -103,65 +104,6 @@ class TreeDrafter:
         return Block(torch.cat((last_B1, candidates_BR), dim=1), tree)
 
 
-class PathTreeDrafter:
-    """A tree of which every node has candidates of its own: the most likely tokens after the tokens of its path.
-
-    For heads that draft in turn. All nodes of a depth that go on are scored in one call.
-    """
-
-    def __init__(self, executor: EagerExecutor, tree: Tree) -> None:
-        self._executor = executor
-        self._tree = tree
-        self._steps: dict[tuple[int, int], list[LevelStep]] = {}
-
-    def block(self, standing: Standing, last_B1: Tensor, *, depth: int) -> Block:
-        """See `Drafter.block`."""
-        tree = self._tree.truncated(depth)
-        kind = tree.depth, last_B1.shape[0]
-        steps = self._steps.get(kind)
-        if steps is None:
-            steps = self._steps[kind] = [LevelStep.of(level, last_B1) for level in tree.levels]
-        levels = self._executor.begin_levels(standing.states, standing.nodes, count=tree.depth)
-        tokens, open_BX = [last_B1], last_B1
-        for step in steps:
-            logits_BXV = levels(open_BX, step.parents_BX)
-            best_BXC = logits_BXV.topk(step.most, dim=-1).indices.expand(-1, open_BX.shape[1], -1)
-            tokens.append(best_BXC[:, step.child_of, step.child_ranks])
-            open_BX = tokens[-1][:, step.next_open]
-        return Block(torch.cat(tokens, dim=1), tree)
-
-
-@dataclass(frozen=True)
-class LevelStep:
-    """A `TreeLevel` as tensors.
-
-    Attributes:
-        parents_BX: see `TreeLevel.parents`; the same for all rows.
-        child_of: see there.
-        child_ranks: see there.
-        next_open: see there.
-        most: candidates that the nodes need.
-    """
-
-    parents_BX: Tensor
-    child_of: Tensor
-    child_ranks: Tensor
-    next_open: Tensor
-    most: int
-
-    @classmethod
-    def of(cls, level: TreeLevel, last_B1: Tensor) -> LevelStep:
-        """On the device of `last_B1`, for as many rows."""
-        device = last_B1.device
-        return cls(
-            torch.tensor(level.parents, device=device).expand(last_B1.shape[0], -1),
-            torch.tensor(level.child_of, device=device),
-            torch.tensor(level.child_ranks, device=device),
-            torch.tensor(level.next_open, device=device, dtype=torch.long),
-            max(level.child_ranks) + 1,
-        )
-
-
 class LookupDrafter:
     """Text copied from the row itself, alone or as one more branch beside another drafter's tree."""
 
@@ -204,6 +146,8 @@ class LookupDrafter:
         if self._beside is None:
             absent = [frozenset(range(len(tokens) + 1, length + 1)) for tokens in copied]
             return Block(torch.cat((last_B1, copied_BK), dim=1), absent=absent)
+        if isinstance(other.tree, RowTrees):
+            return _beside_row_trees(other.tokens_BM, other.tree, copied_BK, list(map(len, copied)))
         own = other.tree or Tree.chain(other.tokens_BM.shape[1] - 1)
         tree, branch = _with_branch(own, length)
         tokens_BR = torch.empty(len(copied), len(tree), dtype=torch.long, device=last_B1.device)
@@ -211,6 +155,18 @@ class LookupDrafter:
         tokens_BR[:, others], tokens_BR[:, branch] = other.tokens_BM, copied_BK
         absent = [frozenset(branch[len(tokens) :]) for tokens in copied]
         return Block(tokens_BR, tree, absent=absent)
+
+
+def _beside_row_trees(tokens_BR: Tensor, trees: RowTrees, copied_BK: Tensor, lengths: Sequence[int]) -> Block:
+    """The trees of all rows, each with its copied text as a further branch."""
+    wider, branches = zip(*(_with_branch(tree, copied_BK.shape[1]) for tree in trees.trees), strict=True)
+    size = len(wider[0])
+    others = [[node for node in range(size) if node not in set(branch)] for branch in branches]
+    both_BR = tokens_BR.new_empty(len(wider), size)
+    both_BR.scatter_(1, torch.tensor(others, device=tokens_BR.device), tokens_BR)
+    both_BR.scatter_(1, torch.tensor(branches, device=tokens_BR.device), copied_BK)
+    absent = [frozenset(branch[length:]) for branch, length in zip(branches, lengths, strict=True)]
+    return Block(both_BR, RowTrees(tuple(wider)), absent=absent)
 
 
 def _with_branch(tree: Tree, length: int) -> tuple[Tree, list[int]]:

@@ -46,15 +46,14 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from headway.decoding.calibration.use import with_calibration
 from headway.decoding.choosing import Chooser, GreedyChooser
 from headway.decoding.controller import DraftController, StepTime
+from headway.decoding.draft_vocabulary import SlicedDrafts, check_draft_vocabulary
 from headway.decoding.drafting import (
     ChainDrafter,
     Drafter,
     DrawnDrafter,
     LookupDrafter,
-    PathTreeDrafter,
     TreeDrafter,
 )
-from headway.decoding.draft_vocabulary import SlicedDrafts, check_draft_vocabulary
 from headway.decoding.executor import EagerExecutor
 from headway.decoding.graphs.loop import GraphLoop
 from headway.decoding.graphs.served import graph_executor
@@ -91,8 +90,11 @@ from headway.decoding.refusals import (
     resolve_option,
 )
 from headway.decoding.scored import Recorder, RowSeeds, ScoredChooser
+from headway.decoding.tree_drafting import DynamicTreeDrafter, PathTreeDrafter
 from headway.errors import DecodingError
 from headway.functional.acceptance import greedy_match, sample_and_match
+from headway.functional.row_trees import DynamicTree
+from headway.functional.tree import Tree
 from headway.model.decoding_engine import register_engine
 
 logger = logging.getLogger(__name__)
@@ -336,7 +338,9 @@ class Engine:
             prompts=prompts,
             given_BT=self._as_given(request, history_BT),
             num_future_tokens=model.num_future_tokens,
-            drafter=None if on_graphs else self._drafter(plan, request.options, executor, prompts, history, seeds, ends),
+            drafter=None
+            if on_graphs
+            else self._drafter(plan, request.options, executor, prompts, history, seeds, ends),
             num_draft_tokens=plan.depth,
             num_heads=plan.heads,
             max_new_tokens=max_new_tokens,
@@ -436,9 +440,12 @@ class Engine:
         drafter: Drafter | None = None
         if plan.sampled and plan.heads:
             assert seeds is not None
+            assert isinstance(plan.tree, Tree)
             drafter = DrawnDrafter(executor, plan.tree, history=history, seeds=seeds, end_token_ids=end_token_ids)
         elif plan.heads:
-            if plan.tree.is_chain:
+            if isinstance(plan.tree, DynamicTree):
+                drafter = DynamicTreeDrafter(executor, plan.tree)
+            elif plan.tree.is_chain:
                 drafter = ChainDrafter(executor, plan.heads)
             else:
                 drafter = (PathTreeDrafter if executor.drafts_in_turn else TreeDrafter)(executor, plan.tree)

@@ -21,6 +21,7 @@ from headway.decoding.masks import BlockMasks
 from headway.decoding.prefill import pieces, reads_at_once
 from headway.decoding.prompts import Prompts
 from headway.decoding.room import check_room
+from headway.functional.row_trees import DynamicTree, RowTrees
 from headway.functional.tree import Tree
 from headway.heads.base import DraftPoint, Heads
 from headway.model.output import OffsetHiddenStates
@@ -53,7 +54,7 @@ class EagerExecutor:
         *,
         max_new_tokens: int,
         num_draft_tokens: int,
-        tree: Tree | None = None,
+        tree: Tree | DynamicTree | None = None,
         changing: bool = False,
         prefill_chunk_tokens: int | None = None,
     ) -> None:
@@ -216,14 +217,14 @@ class EagerExecutor:
         return self._run(block_BM, self._masks.ragged(slots_BM), positions_BM, num_offsets)
 
     def tree_block(
-        self, block_BR: Tensor, positions: Sequence[int], tree: Tree, *, num_offsets: int
+        self, block_BR: Tensor, positions: Sequence[int], tree: Tree | RowTrees, *, num_offsets: int
     ) -> OffsetHiddenStates:
         """One forward of base and heads over a candidate tree; `keep` says afterwards which path stands.
 
         Args:
             block_BR: the last known token of each row, and a token for every other node.
             positions: position of each row's last known token.
-            tree: shape.
+            tree: shape, of all rows or of each.
             num_offsets: heads beyond this offset are not run.
 
         Returns:
@@ -237,20 +238,24 @@ class EagerExecutor:
         return states
 
     def _tree_block(
-        self, block_BR: Tensor, positions: Sequence[int], tree: Tree, *, num_offsets: int
+        self, block_BR: Tensor, positions: Sequence[int], tree: Tree | RowTrees, *, num_offsets: int
     ) -> OffsetHiddenStates:
         width, low, high = len(tree), min(positions), max(positions)
-        depths_R = torch.tensor(tree.depths, device=self.device)
+        root_B1 = torch.tensor(positions, device=self.device)[:, None]
         if low == high:
             self.cache.begin_aligned(low, width)
-            return self._run(
-                block_BR, self._masks.aligned_tree(tree), (low + depths_R).expand_as(block_BR), num_offsets
-            )
-        root_B1 = torch.tensor(positions, device=self.device)[:, None]
-        slots_BR = root_B1 + self._positions_BC.narrow(1, 0, width)
-        self.cache.begin_ragged(slots_BR, first=low, end=high + width)
-        positions_BR = (root_B1 + depths_R).clamp(max=self._last_position)
-        return self._run(block_BR, self._masks.ragged_tree(tree, root_B1), positions_BR, num_offsets)
+        else:
+            slots_BR = root_B1 + self._positions_BC.narrow(1, 0, width)
+            self.cache.begin_ragged(slots_BR, first=low, end=high + width)
+        mask: Any
+        if isinstance(tree, RowTrees):
+            depths = torch.tensor([own.depths for own in tree.trees], device=self.device)
+            mask = self._masks.row_trees(tree, root_B1)
+        else:
+            depths = torch.tensor(tree.depths, device=self.device)
+            mask = self._masks.aligned_tree(tree) if low == high else self._masks.ragged_tree(tree, root_B1)
+        positions_BR = (root_B1 + depths).clamp(max=self._last_position)
+        return self._run(block_BR, mask, positions_BR, num_offsets)
 
     def keep(self, paths: Sequence[Sequence[int]], positions: Sequence[int]) -> None:
         """Move the keys and values of each row's accepted path to the slots after its root.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from headway.decoding.cache import RaggedCache
+from headway.functional.row_trees import RowTrees
 from headway.functional.tree import Tree
 from headway.model.documents import masks_by_layer_type
 
@@ -149,6 +150,26 @@ class BlockMasks:
         def build(window: int | None) -> Tensor:
             view = cache.views[window]
             return bands[window].narrow(3, view.start - cache.position + cache.capacity, view.length)
+
+        return masks_by_layer_type(self._config, build)
+
+    def row_trees(self, trees: RowTrees, roots_B1: Tensor) -> Tensor | dict[str, Tensor]:
+        """Masks [B, 1, R, S] for rows with trees of their own, whose roots stand anywhere."""
+        ancestors_BRR = trees.ancestors(roots_B1.device)
+        depths_BR = ancestors_BRR.sum(dim=2) - 1
+
+        def build(window: int | None) -> Tensor:
+            view = self._cache.views[window]
+            distance_BS = self._slots_C.narrow(0, view.start, view.length) - roots_B1
+            node_BS = distance_BS.clamp(min=0, max=len(trees) - 1)
+            node_BRS = node_BS[:, None].expand(-1, len(trees), -1)
+            in_tree_BRS = ancestors_BRR.gather(2, node_BRS) & (distance_BS == node_BS)[:, None]
+            seen_BRS = in_tree_BRS | (distance_BS < 0)[:, None]
+            if window is not None:
+                at_BS = torch.where(distance_BS < 0, distance_BS, depths_BR.gather(1, node_BS))
+                seen_BRS &= at_BS[:, None] > depths_BR[:, :, None] - window
+            mask_BRS = torch.zeros(seen_BRS.shape, dtype=self._dtype, device=seen_BRS.device)
+            return mask_BRS.masked_fill_(~seen_BRS, torch.finfo(self._dtype).min)[:, None]
 
         return masks_by_layer_type(self._config, build)
 

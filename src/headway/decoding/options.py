@@ -24,11 +24,18 @@ from headway.functional.acceptance import (
     sample_and_match,
     speculative_sampling,
 )
+from headway.functional.row_trees import DynamicTree
 from headway.functional.tree import Tree, default_tree
 
 AcceptanceName = Literal["exact", "tokenwise", "typical", "top_k", "distance"]
 DraftsName = Literal["heads", "lookup", "heads+lookup"]
 ExecutorName = Literal["eager", "lean", "graph"]
+
+DYNAMIC_NODES = 15
+"""Drafted tokens of a dynamic tree: with the last known token a block of 16 positions, which costs little more than one of 8."""
+
+DYNAMIC_WIDTH = 4
+"""Candidates that a dynamic tree expands per depth."""
 
 LOSSY: tuple[AcceptanceName, ...] = ("typical", "top_k", "distance")
 """Acceptance rules under which the text is not the model's own."""
@@ -46,7 +53,13 @@ class DecodingOptions:
             tokens' previous occurrence; needs no heads), or both in one tree, "heads+lookup".
         tree: candidates that one forward verifies: None for a chain, a number of drafted tokens for the default tree of
             that size, the tree itself as paths of ranks (Medusa's `tree_choices`), or "calibrated": the fastest draft that
-            `headway calibrate` found for this checkpoint on this machine, with its draft vocabulary.
+            `headway calibrate` found for this checkpoint on this machine, with its draft vocabulary; "dynamic" for a
+            shape that every row's draft probabilities make anew for every forward (EAGLE-2). A rank counts the candidates
+            of a place, the most likely one being 0: of its offset where heads draft at once, of its offset after the tokens
+            of the node's own path where they draft in turn (a Markov bias, Hydra).
+        tree_nodes: drafted tokens that a dynamic tree keeps; None for DYNAMIC_NODES.
+        tree_width: candidates per depth that a dynamic tree expands, and tokens that each is expanded by; None for
+            DYNAMIC_WIDTH.
         draft_vocabulary: ids of the tokens that the heads score and draft from; None for all. Verification scores all
             tokens, so the output is the same; where a vocabulary is large, drafts cost less
             (`headway.decoding.draft_vocabulary`).
@@ -76,7 +89,9 @@ class DecodingOptions:
 
     num_draft_tokens: int | Literal["auto"] | None = None
     drafts: DraftsName = "heads"
-    tree: int | Sequence[Sequence[int]] | Literal["calibrated"] | None = None
+    tree: int | Sequence[Sequence[int]] | Literal["calibrated", "dynamic"] | None = None
+    tree_nodes: int | None = None
+    tree_width: int | None = None
     draft_vocabulary: Sequence[int] | None = None
     sample_drafts: bool = False
     acceptance: AcceptanceName = "exact"
@@ -116,6 +131,19 @@ class DecodingOptions:
         if self.draft_vocabulary is not None and self.drafts == "lookup":
             raise DecodingError(
                 "draft_vocabulary is what the heads draft from: pass drafts='heads' or 'heads+lookup' with it"
+            )
+        for name in ("tree_nodes", "tree_width"):
+            value = getattr(self, name)
+            if value is not None and self.tree != "dynamic":
+                raise DecodingError(
+                    f"{name}={value} is for dynamic trees; pass tree='dynamic' with it, or leave it out"
+                )
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise DecodingError(f"{name} must be a whole number of at least 1: got {value!r}")
+        if self.tree == "dynamic" and self.sample_drafts:
+            raise DecodingError(
+                "a dynamic tree keeps the likeliest candidates, so it cannot be drawn: leave sample_drafts out (the text is "
+                "drawn from the model's distribution all the same), or pass another tree"
             )
         if self.acceptance == "tokenwise" and not self.sample_drafts:
             raise DecodingError("acceptance='tokenwise' decides about drawn drafts; pass sample_drafts=True with it")
@@ -161,13 +189,13 @@ class DraftPlan:
     """
 
     heads: int
-    tree: Tree
+    tree: Tree | DynamicTree
     lookup: int
     sampled: bool
     controlled: bool = False
 
     @property
-    def widest(self) -> Tree:
+    def widest(self) -> Tree | DynamicTree:
         """The largest tree of a block."""
         if not self.lookup:
             return self.tree
@@ -203,12 +231,17 @@ def plan_drafts(options: DecodingOptions, model: Any, *, do_sample: bool, batch:
                 f"num_lookup_tokens"
             )
         return DraftPlan(0, Tree.chain(0), lookup, sampled=False)
-    tree = Tree.chain(heads)
+    tree: Tree | DynamicTree = Tree.chain(heads)
     vocabulary = model.get_input_embeddings().num_embeddings
     if options.draft_vocabulary is not None:
         vocabulary = len(check_draft_vocabulary(options.draft_vocabulary, vocabulary=vocabulary))
     if options.tree is not None:
-        tree = _asked_tree(options.tree, heads, vocabulary=vocabulary)
+        if heads == 0:
+            raise DecodingError("a tree needs heads that draft: this model has none; leave tree out")
+        if options.tree == "dynamic":
+            tree = DynamicTree(options.tree_nodes or DYNAMIC_NODES, options.tree_width or DYNAMIC_WIDTH, heads)
+        else:
+            tree = _asked_tree(options.tree, heads, vocabulary=vocabulary)
     if heads == 0:
         return DraftPlan(0, tree, lookup, sampled=False)
     plan = DraftPlan(tree.depth, tree, lookup, options.sample_drafts, controlled=options.num_draft_tokens == "auto")
@@ -221,8 +254,6 @@ def plan_drafts(options: DecodingOptions, model: Any, *, do_sample: bool, batch:
 
 
 def _asked_tree(asked: int | str | Sequence[Sequence[int]], heads: int, *, vocabulary: int) -> Tree:
-    if heads == 0:
-        raise DecodingError("a tree needs heads that draft: this model has none; leave tree out")
     if isinstance(asked, int):
         if isinstance(asked, bool) or asked < 1:
             raise DecodingError(f"a tree needs at least one drafted token: got tree={asked}; leave it out for a chain")
@@ -232,7 +263,7 @@ def _asked_tree(asked: int | str | Sequence[Sequence[int]], heads: int, *, vocab
             tree = Tree.from_choices(asked)  # type: ignore[arg-type]  # a text is one of the things that are refused here
         except (TypeError, ValueError) as error:
             raise DecodingError(
-                f"tree must be a number of nodes, a list of paths of ranks, or 'calibrated': {error}"
+                f"tree must be a number of nodes, a list of paths of ranks, 'calibrated' or 'dynamic': {error}"
             ) from None
     if len(tree) == 1:
         raise DecodingError("the tree has no path; leave tree out for a chain")

@@ -17,6 +17,7 @@ from torch import Tensor
 from headway.decoding.choosing import Emission
 from headway.decoding.history import History
 from headway.functional.acceptance import ROOT, Draft, Rule, Verdict, Walk
+from headway.functional.row_trees import RowTrees
 from headway.functional.sampling import KeyedDraws
 from headway.functional.tree import Tree
 
@@ -109,7 +110,7 @@ class ScoredChooser:
         block_BM: Tensor,
         rooms: Sequence[int],
         *,
-        tree: Tree | None = None,
+        tree: Tree | RowTrees | None = None,
         draft_probs: Sequence[Mapping[int, Tensor]] | None = None,
         absent: Sequence[frozenset[int]] | None = None,
     ) -> list[Emission | None]:
@@ -125,7 +126,7 @@ class ScoredChooser:
                 tokens = [-1 if node in absent[row] else token for node, token in enumerate(tokens)]
             probs = None if draft_probs is None else draft_probs[row]
             # Where drafts were drawn, how many count may depend on this row alone and not on whether others draft more.
-            drafts[row] = Draft(tree, tokens, room if probs is None else room - 1, room, self._ends, probs)
+            drafts[row] = Draft(tree.of_row(row), tokens, room if probs is None else room - 1, room, self._ends, probs)
         made = [self._history.max_new_tokens - room for room in rooms]
         verdicts = self._verdicts(logits_BMV, drafts, made)
         return self._emissions(drafts, verdicts, made, rooms)

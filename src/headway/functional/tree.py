@@ -147,6 +147,10 @@ class Tree:
         """The ranks of every path, the root left out: what `from_choices` takes."""
         return tuple(tuple(self.ranks[place] for place in self.path(node)) for node in range(1, len(self)))
 
+    def of_row(self, row: int) -> Tree:
+        """The shape of one row: the same for all."""
+        return self
+
     def path(self, node: int) -> tuple[int, ...]:
         """The nodes from below the root down to `node`."""
         nodes: list[int] = []
