@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from headway.decoding.cache import attention_windows
 from headway.decoding.lean.layer import LeanLayer, RMSNorm
 from headway.decoding.lean.linear import FusedLinear, Way, fastest_way
+from headway.decoding.lean.pages import move_to_huge_pages
 from headway.decoding.lean.passes import LeanPass
 from headway.decoding.lean.stack import LayerStack, serves
 from headway.functional.rotary import signed_sine
@@ -61,6 +62,7 @@ class LeanModel:
         heads: the model's own.
         way: how products are made.
         num_bytes: of the copies of weights.
+        huge_page_bytes: of the weights that were moved to huge pages (`headway.decoding.lean.pages`).
         versions: of the weights when they were read.
     """
 
@@ -74,13 +76,16 @@ class LeanModel:
         self._model = model
         self.config = model.config
         self.heads = model.heads
+        self.way: Way = fastest_way(model.family.lm_head.weight) if way is None else way
+        # Other ways keep copies in layouts of their own.
+        self.huge_page_bytes = move_to_huge_pages(model) if self.way == "kernel" else 0
         self.versions = weight_versions(model)
         base_layers, head_layers = list(model.family.layers), list(model.heads.decoder_layers)
         windows = attention_windows(model.config, num_heads=0)
         self._base = [
-            LeanLayer(layer, window=window, way=way) for layer, window in zip(base_layers, windows, strict=True)
+            LeanLayer(layer, window=window, way=self.way) for layer, window in zip(base_layers, windows, strict=True)
         ]
-        heads = [LeanLayer(layer, window=windows[-1], way=way) for layer in head_layers]
+        heads = [LeanLayer(layer, window=windows[-1], way=self.way) for layer in head_layers]
         self._lean = dict(zip(map(id, [*base_layers, *head_layers]), [*self._base, *heads], strict=True))
         self._windows = set(windows)
         self._norm = RMSNorm(model.family.norm)
@@ -88,11 +93,9 @@ class LeanModel:
         whole = len(weights) == len(self._base) and weights[0].eps == self._norm.eps
         self._stack = LayerStack(weights, final_norm=self._norm) if whole else None
         unembedding = model.family.lm_head
-        way = fastest_way(unembedding.weight) if way is None else way
-        self.way: Way = way
-        self._unembedding = FusedLinear([unembedding], way=way)
+        self._unembedding = FusedLinear([unembedding], way=self.way)
         own = [model.heads.unembedding(offset) for offset in range(2, model.num_future_tokens + 1)]
-        self._own = [None if linear is None else FusedLinear([linear], way=way) for linear in own]
+        self._own = [None if linear is None else FusedLinear([linear], way=self.way) for linear in own]
         self.num_bytes = (
             sum(layer.num_bytes for layer in self._lean.values())
             + self._unembedding.num_bytes
