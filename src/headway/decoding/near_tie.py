@@ -169,7 +169,8 @@ def explain(
     """
     plain_V, other_V = (score_V.double() for score_V in scores)
     left_V, right_V = (logit_V.double() for logit_V in logits)
-    unit = float(torch.finfo(dtype).eps * max(float(left_V.abs().max()), float(right_V.abs().max())))
+    largest = max(float(left_V.abs().max()), float(right_V.abs().max()), torch.finfo(dtype).tiny)
+    unit = torch.finfo(dtype).eps * largest
     deviation = float((left_V - right_V).abs().max())
     drawn = uniform is not None
     gap = float(plain_V[expected] - plain_V[found])

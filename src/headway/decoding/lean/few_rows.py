@@ -16,7 +16,7 @@ from torch import Tensor
 
 from headway.decoding.lean.native import library
 
-MOST_ROWS = 16
+MOST_ROWS = 32
 
 Kernel = Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
 """(x [R, D], weight [O, D], bias [O] or None, output [R, O] with any row stride) -> None."""
