@@ -6,6 +6,7 @@
     |-- CheckpointError          a folder on disk that is missing, truncated, mismatched or half written; has .path
     |-- IncompatibleModelError   a model that heads cannot be attached to; names what differs
     |-- DecodingError            a generation request that the engine refuses; names the way out
+    |   `-- QueueFullError       more requests are waiting than may; try again later
     `-- TrainingError            a run that cannot start or go on
 
 Every message says what was wrong, what was got, what the limit is and how to mend it. The command line prints it as one
@@ -47,6 +48,10 @@ class IncompatibleModelError(HeadwayError, ValueError):
 
 class DecodingError(HeadwayError, ValueError):
     """A generation request that the engine cannot serve."""
+
+
+class QueueFullError(DecodingError):
+    """More requests are waiting than may."""
 
 
 class TrainingError(HeadwayError, RuntimeError):

@@ -5,7 +5,7 @@ Legend: B rows, M positions of a block, R nodes of a tree, K drafted tokens of t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 
 from headway.decoding.executor import EagerExecutor
-from headway.decoding.history import History
 from headway.decoding.lookup import TextIndex
-from headway.decoding.scored import RowSeeds
 from headway.functional.row_trees import RowTrees
-from headway.functional.sampling import without_token
+from headway.functional.sampling import KeyedDraws, without_token
 from headway.functional.tree import Tree
 from headway.model.output import OffsetHiddenStates
 
@@ -176,6 +174,27 @@ def _with_branch(tree: Tree, length: int) -> tuple[Tree, list[int]]:
     return wider, branch
 
 
+class DraftTexts(Protocol):
+    """The texts that drafts are drawn after: `History`, or rows that come and go."""
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The most tokens a row can get."""
+
+    def put(self, row: int, made: int, tokens: Sequence[int]) -> None:
+        """Write drafted tokens of a row after its first `made` new ones."""
+
+    def scores(self, logits_BV: Tensor, made: int, live: Sequence[int]) -> Tensor:
+        """Processed float32 scores [B, V] after `made` new tokens, of the rows in `live`."""
+
+
+class DraftSeeds(Protocol):
+    """Where the draws of each row come from: `RowSeeds`, or rows that come and go."""
+
+    def draws(self, row: int, made: int) -> KeyedDraws:
+        """Draws of a row's block that begins after `made` new tokens."""
+
+
 class DrawnDrafter:
     """Drafts drawn from the heads' distributions after the same processors as the model's own.
 
@@ -185,7 +204,13 @@ class DrawnDrafter:
     """
 
     def __init__(
-        self, executor: EagerExecutor, tree: Tree, *, history: History, seeds: RowSeeds, end_token_ids: frozenset[int]
+        self,
+        executor: EagerExecutor,
+        tree: Tree,
+        *,
+        history: DraftTexts,
+        seeds: DraftSeeds,
+        end_token_ids: frozenset[int] | Callable[[int], frozenset[int]],
     ) -> None:
         self._executor = executor
         self._tree = tree
@@ -195,7 +220,7 @@ class DrawnDrafter:
 
     def _ends(self, row: int) -> frozenset[int]:
         """Tokens that end a row's text."""
-        return self._end_token_ids
+        return self._end_token_ids(row) if callable(self._end_token_ids) else self._end_token_ids
 
     def block(self, standing: Standing, last_B1: Tensor, *, depth: int) -> Block:
         """See `Drafter.block`."""

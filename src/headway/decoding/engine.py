@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -50,6 +50,8 @@ from headway.decoding.draft_vocabulary import SlicedDrafts, check_draft_vocabula
 from headway.decoding.drafting import (
     ChainDrafter,
     Drafter,
+    DraftSeeds,
+    DraftTexts,
     DrawnDrafter,
     LookupDrafter,
     TreeDrafter,
@@ -100,6 +102,11 @@ from headway.model.decoding_engine import register_engine
 logger = logging.getLogger(__name__)
 
 _STATEFUL_PROCESSORS = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
+
+
+def keeps_state(processor: Any) -> bool:
+    """Whether a logits processor keeps a state from token to token, which drafted tokens would disturb."""
+    return isinstance(processor, _STATEFUL_PROCESSORS)
 
 
 @dataclass(frozen=True)
@@ -330,7 +337,7 @@ class Engine:
                 records=recorder is not None,
             )
         else:
-            executor, eager_note = self._executor(model, prompts, options, plan, max_new_tokens)
+            executor, eager_note = self.executor(model, prompts, options, plan, max_new_tokens)
         lossy = lossy_note(request.options, do_sample=do_sample) if plan.depth else None
         return (GraphLoop if on_graphs else DecodingLoop)(
             executor=executor,
@@ -338,9 +345,7 @@ class Engine:
             prompts=prompts,
             given_BT=self._as_given(request, history_BT),
             num_future_tokens=model.num_future_tokens,
-            drafter=None
-            if on_graphs
-            else self._drafter(plan, request.options, executor, prompts, history, seeds, ends),
+            drafter=None if on_graphs else self.drafter(plan, request.options, executor, prompts, history, seeds, ends),
             num_draft_tokens=plan.depth,
             num_heads=plan.heads,
             max_new_tokens=max_new_tokens,
@@ -364,7 +369,7 @@ class Engine:
     ) -> tuple[DraftPlan, str | None]:
         """Processors that keep a state allow no drafts: decode plainly where nobody asked for drafts."""
         for processor in logits_processor:
-            if plan.depth and isinstance(processor, _STATEFUL_PROCESSORS):
+            if plan.depth and keeps_state(processor):
                 name = type(processor).__name__
                 asked = replace(options, num_draft_tokens=None) if plan.controlled else options
                 if do_sample and asked == DecodingOptions(seed=options.seed):
@@ -375,7 +380,7 @@ class Engine:
                 )
         return plan, None
 
-    def _executor(
+    def executor(
         self, model: Any, prompts: Prompts, options: DecodingOptions, plan: DraftPlan, max_new_tokens: int
     ) -> tuple[EagerExecutor, str | None]:
         """What runs the model, and why it is not what was asked for."""
@@ -427,16 +432,17 @@ class Engine:
             )
         return RowSeeds([int(number) for number in seed])
 
-    def _drafter(
+    def drafter(
         self,
         plan: DraftPlan,
         options: DecodingOptions,
         executor: EagerExecutor,
         prompts: Prompts,
-        history: History,
-        seeds: RowSeeds | None,
-        end_token_ids: frozenset[int],
+        history: DraftTexts,
+        seeds: DraftSeeds | None,
+        end_token_ids: frozenset[int] | Callable[[int], frozenset[int]],
     ) -> Drafter | None:
+        """What makes the blocks of a plan; None for none."""
         drafter: Drafter | None = None
         if plan.sampled and plan.heads:
             assert seeds is not None
