@@ -76,10 +76,10 @@ class Spoilt:
         """See `headway.decoding.drafting.Drafter.block`."""
         block: Block = self._inner.block(standing, last_B1, depth=depth)
         tokens_BM = block.tokens_BM.clone()
-        tree = block.tree or Tree.chain(tokens_BM.shape[1] - 1)
+        trees = block.tree or Tree.chain(tokens_BM.shape[1] - 1)
         for row in standing.live:
-            node, following = 0, self._truth[row][standing.made[row] :]
-            for token in following:
+            node, tree = 0, trees.of_row(row)
+            for token in self._truth[row][standing.made[row] :]:
                 if not tree.children[node]:
                     break
                 node = self._rng.choice(tree.children[node])

@@ -9,9 +9,12 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from headway.cli.console import note
 from headway.cli.timed_generation import Session, TimedGeneration
-from headway.decoding.compare import NEAR_TIE_GAP, first_difference, top_two_gap
+from headway.decoding.compare import explain_differences, first_difference, top_two_gap
+from headway.decoding.near_tie import Difference
 
 WARM_UP_TOKENS = 8
 MOST_ROUNDS = 5
@@ -29,6 +32,7 @@ class Comparison:
         fast_rounds: the same with drafts.
         first_difference: index of the first new token that differs, None where all are the same.
         logit_gap: between the two best tokens there.
+        report: what both ways said there, from a repetition; None where nothing differs or the repetition does not.
     """
 
     plain: TimedGeneration
@@ -37,6 +41,7 @@ class Comparison:
     fast_rounds: tuple[float, ...]
     first_difference: int | None
     logit_gap: float | None
+    report: Difference | None = None
 
     @property
     def speedup(self) -> float:
@@ -50,6 +55,7 @@ class Comparison:
             "identical": self.first_difference is None,
             "first_difference": self.first_difference,
             "logit_gap": self.logit_gap,
+            "report": None if self.report is None else self.report.to_json(),
             "speedup": self.speedup,
             "plain": _arm(self.plain, self.plain_rounds),
             "self_speculative": _arm(self.fast, self.fast_rounds),
@@ -67,12 +73,9 @@ class Comparison:
             f"fast (median of {rounds} round{'s' if rounds > 1 else ''})",
         ]
         if place is not None and gap is not None:
-            kind = "a near-tie, which rounding decides" if gap < NEAR_TIE_GAP else "more than float32 rounding explains"
-            lines.insert(
-                1,
-                f"first difference at new token {place + 1}, where the two best logits are {gap:.2g} apart: {kind} "
-                f"(limit {NEAR_TIE_GAP:g}; bfloat16 and float16 round further, see --dtype float32)",
-            )
+            said = "not explained: it did not come again" if self.report is None else self.report.sentence()
+            lines.insert(1, f"first difference at new token {place + 1}, where the two best logits are {gap:.2g} apart")
+            lines.insert(2, said)
         return lines
 
 
@@ -105,10 +108,25 @@ def compare_decoding(session: Session, num_draft_tokens: int | str | None) -> Co
         fast_rounds.append(again[1].tokens_per_second)
         spent += sum(generation.seconds for generation in again)
     place = first_difference(fast.tokens, plain.tokens)
-    gap = None
+    gap, report = None, None
     if place is not None:
         gap = top_two_gap(session.loaded.model, [*session.input_ids_1T[0].tolist(), *plain.tokens[:place]])
-    return Comparison(plain, fast, tuple(plain_rounds), tuple(fast_rounds), place, gap)
+        report = _report(session, num_draft_tokens, place)
+    return Comparison(plain, fast, tuple(plain_rounds), tuple(fast_rounds), place, gap, report)
+
+
+def _report(session: Session, num_draft_tokens: int | str | None, place: int) -> Difference | None:
+    """What both ways say where they part, if they part there again."""
+    model = session.loaded.model
+    input_ids_1T = session.input_ids_1T.to(next(model.parameters()).device)
+    found = explain_differences(
+        model,
+        input_ids_1T,
+        attention_mask=torch.ones_like(input_ids_1T),
+        num_draft_tokens=num_draft_tokens,
+        **session.arguments,
+    )
+    return next((report for report in found if report.position == place), None)
 
 
 def _whole(generation: TimedGeneration) -> TimedGeneration:

@@ -4,12 +4,12 @@ Legend: B rows, T positions, V vocabulary.
 
 Float32 sums depend on how many positions a matrix product has, so where the model's two best tokens are almost equally
 likely, one position at a time and a block at a time may choose differently without either being wrong. The logit gap at
-the first difference tells such a near-tie from an error.
+the first difference tells such a near-tie from an error; `explain_differences` says more about it, in any precision.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,20 @@ from torch import Tensor
 
 from headway.decoding.engine import ENGINE, decoding_context
 from headway.decoding.loop import DecodingLoop
+from headway.decoding.near_tie import NEAR_TIE_GAP, Difference, differences, first_difference
 from headway.decoding.refusals import resolve_option
+from headway.decoding.scored import RowSeeds
 from headway.decoding.statistics import GenerationResult
 from headway.errors import DecodingError
 
-NEAR_TIE_GAP = 1e-5
-"""Logit gap below which a different greedy choice is rounding."""
+__all__ = [
+    "NEAR_TIE_GAP",
+    "GreedyComparison",
+    "compare_greedy",
+    "explain_differences",
+    "first_difference",
+    "top_two_gap",
+]
 
 
 @dataclass(frozen=True)
@@ -97,16 +105,45 @@ def _run(model: Any, input_ids: Tensor, **kwargs: Any) -> DecodingLoop:
     return loop
 
 
-def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:
-    """Index of the first token that differs; where one is the beginning of the other, the shorter one's length.
+def explain_differences(
+    model: Any, input_ids: Tensor, *, num_draft_tokens: int | str | None = None, **kwargs: Any
+) -> list[Difference]:
+    """Decode a batch with drafts and plainly once more, and report where and why rows part.
 
-    >>> first_difference([1, 2, 3], [1, 2, 4]), first_difference([1, 2], [1, 2, 3]), first_difference([1], [1])
-    (2, 2, None)
+    Both generations keep what the model said about every token, which costs memory and time: for texts that were found to
+    differ. Under `num_draft_tokens="auto"` a repetition may choose other lengths, and then shows other differences or none.
+
+    Args:
+        model: a `MultiTokenLM`.
+        input_ids: prompts [B, T].
+        num_draft_tokens: of the generation with drafts; None for n - 1.
+        kwargs: as in `generate`. Sampling needs a `seed`, so that both ways draw the same numbers.
+
+    Returns:
+        One report for each row that differs.
+
+    Raises:
+        DecodingError: sampling without a seed, drawn drafts, or a request that the engine does not serve.
     """
-    for place, (one, other) in enumerate(zip(left, right, strict=False)):
-        if one != other:
-            return place
-    return None if len(left) == len(right) else min(len(left), len(right))
+    uniform: Callable[[int, int], float] | None = None
+    if resolve_option("do_sample", kwargs, model):
+        seed = kwargs.get("seed")
+        if seed is None or kwargs.get("sample_drafts"):
+            raise DecodingError(
+                "texts that were drawn can be compared where both ways draw the same numbers: pass seed=..., and leave "
+                "sample_drafts out"
+            )
+        seeds = RowSeeds(seed)
+
+        def uniform(row: int, place: int) -> float:
+            return seeds.draws(row, 0).uniform(place)
+
+    kept = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    plain, drafted = (
+        ENGINE.generate(model, input_ids, num_draft_tokens=drafts, **(kwargs | kept))
+        for drafts in (0, num_draft_tokens)
+    )
+    return differences(plain, drafted, dtype=model.get_input_embeddings().weight.dtype, uniform=uniform)
 
 
 def top_two_gap(model: Any, tokens: Sequence[int]) -> float:
