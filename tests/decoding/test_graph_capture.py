@@ -11,18 +11,21 @@ import torch
 from transformers.generation.logits_process import TemperatureLogitsWarper
 
 from decoding_cases import ragged_batch
-from graph_cases import right_at_times
+from graph_cases import graph_executor_on, right_at_times
 from head_cases import head_model
 from headway.decoding.blocks import stream_blocks
 from headway.decoding.engine import ENGINE, decoding_context
 from headway.decoding.graphs.capture import (
     WARM_UPS,
+    CapturedStep,
     CudaCapture,
+    OutsideReads,
     StepGraphs,
     StepShape,
     call_instead,
     graph_settings,
 )
+from headway.decoding.graphs.executor import forget
 from headway.decoding.graphs.loop import GraphLoop
 from headway.decoding.graphs.state import RecordQueue, StepState
 from headway.errors import DecodingError
@@ -90,9 +93,10 @@ def test_one_graph_per_batch_draft_length_and_length_of_the_cache():
         assert again.graphs.graphs is loop.graphs.graphs
         assert [again.new_tokens(row) for row in range(4)] == plain_tokens(model, (4, 7, 6, 2), new=20)
 
-        for lengths, drafts in (((4,), 3), ((4,), 1)):
-            run_loop(model, lengths, new=20, num_draft_tokens=drafts)
-        assert capture.captures == 4
+        for drafts, captures in ((3, 3), (1, 4), (0, 5), (3, 5), (1, 5)):
+            plain = run_loop(model, (4,), new=20, num_draft_tokens=drafts)
+            assert [plain.new_tokens(0)] == plain_tokens(model, (4,), new=20)
+            assert capture.captures == captures
     report = loop.graphs.graphs.report
     assert (report.captures, report.pool_bytes) == (2, 0)
     assert report.replays > steps
@@ -130,6 +134,38 @@ def test_two_generations_at_a_time_do_not_share_buffers_and_changed_weights_are_
         with torch.no_grad():
             model.base.lm_head.weight.neg_()
         assert model.generate(ids, executor="graph", **options).tolist() == model.generate(ids, **options).tolist()
+
+
+@pytest.mark.parametrize("architecture", ["transformer", "linear-tap-markov", "sequential"])
+def test_a_graph_keeps_whatever_its_step_reads_and_nothing_of_the_step_before(architecture: str):
+    model = head_model(architecture, dtype=torch.float64)
+    run = graph_executor_on(model)
+    found = []
+    with torch.inference_mode():
+        run.begin()
+        for _ in range(2):
+            with OutsideReads() as reads:
+                run.static_step(verified=3, drafted=3, slots=128)
+            found.append({tensor.untyped_storage().data_ptr() for tensor in reads.tensors})
+            held = list(reads.tensors)  # so that no address is taken again
+    assert found[0] == found[1]
+    expected = [run.state.block_BW, run.state.positions_B, run.cache.layers[0].keys, run._positions_BC]
+    assert {tensor.untyped_storage().data_ptr() for tensor in [*expected, model.base.lm_head.weight]} <= found[0]
+    assert all(tensor.shape != (4, 4, 32) for tensor in held), "hidden states of a step are its own"
+
+
+def test_a_cache_that_grew_too_small_is_replaced_and_what_is_kept_can_be_given_back():
+    model = head_model("linear", dtype=torch.float64)
+    capture = CountingCapture()
+    with graph_settings(capture=capture, ahead=0):
+        first = run_loop(model, (9,), new=20)
+        assert run_loop(model, (9,), new=60).graphs.cache.capacity == first.graphs.cache.capacity == 256
+        longer = run_loop(model, (210,), new=45)
+        assert longer.graphs.cache.capacity == 512
+        assert longer.graphs.graphs is not first.graphs.graphs
+        assert [longer.new_tokens(0)] == plain_tokens(model, (210,), new=45)
+        forget(longer.graphs._lean)
+        assert run_loop(model, (9,), new=20).graphs.cache.capacity == 256
 
 
 def test_streamed_tokens_are_those_of_the_text():
@@ -263,6 +299,9 @@ def test_a_cuda_capture_warms_up_aside_and_leaves_the_buffers_as_they_were(monke
     graphs = StepGraphs(CudaCapture(torch.device("cuda")), torch.device("cuda"))
     shape = StepShape(2, 1, 1, 128, ("greedy",))
     graphs.run(shape, step, keep)
+    captured = graphs._replays[shape]
+    assert isinstance(captured, CapturedStep)
+    assert any(tensor is state.positions_B for tensor in captured.reads)
     warm_ups = ["step"] * WARM_UPS
     assert calls == [
         "enter device",

@@ -12,13 +12,16 @@ shared by graphs that never run at the same time.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from headway.errors import DecodingError
 
@@ -83,6 +86,59 @@ class Capture(Protocol):
         """
 
 
+class OutsideReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes, inside the block, every tensor that is read and was not made there.
+
+    A graph holds addresses and no tensors: whatever it reads must live as long as it does.
+
+    Attributes:
+        tensors: one per storage.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._made: set[int] = set()
+        self._read: dict[int, Tensor] = {}
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """See the class."""
+        return list(self._read.values())
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run the operation and note what it reads and makes."""
+        output = func(*args, **(kwargs or {}))
+        for tensor in _tensors((args, kwargs)):
+            address = tensor.untyped_storage().data_ptr()
+            if address not in self._made:
+                self._read[address] = tensor
+        self._made |= {tensor.untyped_storage().data_ptr() for tensor in _tensors(output)} - self._read.keys()
+        return output
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+@dataclass(frozen=True)
+class CapturedStep:
+    """A graph, and what it reads.
+
+    Attributes:
+        graph: has captured a step.
+        reads: tensors that have to stay where they are.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    reads: list[Tensor]
+
+    def __call__(self, current: Step) -> None:
+        """Replay it."""
+        self.graph.replay()
+
+
 class CudaCapture:
     """Captures on one device; all graphs share one pool of memory, since one runs at a time."""
 
@@ -96,7 +152,10 @@ class CudaCapture:
             side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                for _ in range(WARM_UPS):
+                with OutsideReads() as reads:
+                    step()
+                    prepare()
+                for _ in range(WARM_UPS - 1):
                     step()
                     prepare()
             torch.cuda.current_stream().wait_stream(side)
@@ -104,7 +163,7 @@ class CudaCapture:
             with torch.cuda.graph(graph, pool=self._pool):
                 step()
         self._pool = graph.pool()
-        return lambda _: graph.replay()
+        return CapturedStep(graph, reads.tensors)
 
 
 def call_instead(step: Step, prepare: Step) -> Callable[[Step], None]:

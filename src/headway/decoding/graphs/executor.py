@@ -22,13 +22,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from headway.decoding.cache import RaggedCache
+from headway.decoding.cache import RaggedCache, attention_windows
 from headway.decoding.graphs.capture import StepGraphs, StepShape, power_of_two, settings_for, slots_bucket
 from headway.decoding.graphs.emission import Choice, Emitted, emit_chain
 from headway.decoding.graphs.state import FAILED, RecordQueue, RowRecord, StepState
 from headway.decoding.lean.executor import LeanExecutor
 from headway.decoding.lean.model import LeanModel
 from headway.decoding.prompts import Prompts
+from headway.errors import DecodingError
 from headway.model.output import OffsetHiddenStates
 
 SLOTS_AT_A_TIME = 256
@@ -61,8 +62,15 @@ class Workspace:
         self._user = weakref.ref(user)
 
 
-_KEPT: weakref.WeakKeyDictionary[LeanModel, Workspace] = weakref.WeakKeyDictionary()
-"""The last workspace of each model: graphs are worth keeping, and the next request is often like the last."""
+_KEPT: weakref.WeakKeyDictionary[LeanModel, dict[int, Workspace]] = weakref.WeakKeyDictionary()
+"""Per model and number of rows the last workspace: graphs are worth keeping, and the next request is often like the last."""
+
+
+def forget(model: LeanModel) -> None:
+    """Give back what is kept for a model between generations: its graphs, their buffers and its caches."""
+    if _KEPT.pop(model, None) is not None:
+        # A cache and its layers refer to each other.
+        gc.collect()
 
 
 class GraphExecutor(LeanExecutor):
@@ -107,7 +115,8 @@ class GraphExecutor(LeanExecutor):
         settings = settings_for(_embedding(model).device)
         self.done = False
         self.ahead = settings.ahead
-        self._settings = settings
+        assert settings.capture is not None
+        self._capture = settings.capture
         self._lean = model
         self._choice = choice
         self._ends = end_token_ids
@@ -123,7 +132,6 @@ class GraphExecutor(LeanExecutor):
         )
         self._workspace.take(self)
         self._state, self._graphs = self._workspace.state, self._workspace.graphs
-        self._verified = 0
         self._queue = RecordQueue(self._state.record_BR, length=1 + self.ahead)
 
     @property
@@ -142,42 +150,49 @@ class GraphExecutor(LeanExecutor):
         return len(self._queue)
 
     def _new_cache(self, windows: Sequence[int | None], *, capacity: int, max_new_tokens: int) -> RaggedCache:
-        """The cache of the workspace that is kept for the model, if it fits; else of a new one."""
+        """The cache of the workspace that is kept for the model and so many rows, if it fits; else of a new one."""
         batch = self._prompts.batch
-        width = self._num_draft_tokens + 1
-        kept = _KEPT.get(self._lean)
-        if (
-            kept is not None
-            and not kept.in_use
-            and _fits(kept, windows, batch, width, capacity, self._settings.capture)
-        ):
-            # As in a new one: head layers may be read before they are written.
-            for layer in kept.cache.layers:
-                if layer.is_initialized:
-                    layer.keys.zero_()
-                    layer.values.zero_()
-            self._workspace = kept
-            return kept.cache
+        kept = _KEPT.get(self._lean, {}).get(batch)
         if kept is not None and not kept.in_use:
-            # Its memory is needed more here; a cache and its layers refer to each other.
-            del _KEPT[self._lean], kept
+            if kept.cache.capacity >= capacity and kept.graphs.captures_like(self._capture):
+                # As in a new one: head layers may be read before they are written.
+                for layer in kept.cache.layers:
+                    if layer.is_initialized:
+                        layer.keys.zero_()
+                        layer.values.zero_()
+                self._workspace = kept
+                return kept.cache
+            del _KEPT[self._lean][batch]
+            kept = None
             gc.collect()
-        capacity = -(-capacity // SLOTS_AT_A_TIME) * SLOTS_AT_A_TIME
-        cache = super()._new_cache(windows, capacity=capacity, max_new_tokens=max_new_tokens)
+        self._workspace = self._new_workspace(capacity, max_new_tokens)
+        if kept is None:
+            _KEPT.setdefault(self._lean, {})[batch] = self._workspace
+        return self._workspace.cache
+
+    def _new_workspace(self, capacity: int, max_new_tokens: int) -> Workspace:
+        """One for all heads of the model, so that requests with other draft lengths can use it too."""
+        heads, batch = self._lean.heads, self._prompts.batch
+        most = self._lean.num_future_tokens - 1
+        # Layers take memory when they are first written, so those of heads that never run take none.
+        windows = attention_windows(self._lean.config, num_heads=heads.cache_layers(most))
+        capacity = -(-(capacity + most + heads.lookback(most)) // SLOTS_AT_A_TIME) * SLOTS_AT_A_TIME
+        try:
+            cache = super()._new_cache(windows, capacity=capacity, max_new_tokens=max_new_tokens)
+        except DecodingError:
+            # What is kept for other numbers of rows is needed more here.
+            forget(self._lean)
+            cache = super()._new_cache(windows, capacity=capacity, max_new_tokens=max_new_tokens)
         # Slots that were added later would lie elsewhere.
         cache.allocated = capacity
         state = StepState.empty(
             batch=batch,
-            width=width,
+            width=most + 1,
             capacity=capacity,
             vocabulary=_embedding(self._lean).shape[0],
             device=self.device,
         )
-        assert self._settings.capture is not None
-        self._workspace = Workspace(cache, state, StepGraphs(self._settings.capture, self.device))
-        if self._lean not in _KEPT:
-            _KEPT[self._lean] = self._workspace
-        return cache
+        return Workspace(cache, state, StepGraphs(self._capture, self.device))
 
     def begin(self) -> None:
         """Read the prompts, choose each row's first token and draft what follows; the record is on its way."""
@@ -192,7 +207,6 @@ class GraphExecutor(LeanExecutor):
         states = self.prefill(num_offsets=1 + self._num_draft_tokens)
         last_B = torch.tensor(prompts.lengths, device=self.device) - 1
         self._conclude(states, prompts.ids_BP.to(self.device).gather(1, last_B[:, None]), self._num_draft_tokens)
-        self._verified = self._num_draft_tokens
         self._queue.push()
 
     def launch(self, last_positions: Sequence[int]) -> None:
@@ -285,15 +299,3 @@ def _filled_up(prompts: Prompts) -> Prompts:
         return prompts
     filler_XP = prompts.ids_BP[:1, :1].expand(more, prompts.ids_BP.shape[1])
     return Prompts(torch.cat((prompts.ids_BP, filler_XP)), [*prompts.lengths, *[1] * more])
-
-
-def _fits(
-    workspace: Workspace, windows: Sequence[int | None], batch: int, width: int, capacity: int, capture: Any
-) -> bool:
-    cache = workspace.cache
-    return (
-        [layer.view.window for layer in cache.layers] == list(windows)
-        and workspace.state.block_BW.shape == (batch, width)
-        and cache.capacity >= capacity
-        and workspace.graphs.captures_like(capture)
-    )
