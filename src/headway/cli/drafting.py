@@ -54,7 +54,7 @@ DRAFTING_FLAGS: tuple[Callable[[Command], Command], ...] = (
     ),
     click.option("--tree-nodes", type=click.IntRange(min=1), help="Drafted tokens of a dynamic tree. Default: 15."),
     click.option(
-        "--tree-width", type=click.IntRange(min=1), help="Candidates that a dynamic tree expands per depth. Default: 4."
+        "--tree-width", type=click.IntRange(min=1), help="Candidates that a dynamic tree expands per depth. Default: 8."
     ),
     click.option(
         "--draft-vocabulary",

@@ -34,7 +34,7 @@ ExecutorName = Literal["eager", "lean", "graph"]
 DYNAMIC_NODES = 15
 """Drafted tokens of a dynamic tree: with the last known token a block of 16 positions, which costs little more than one of 8."""
 
-DYNAMIC_WIDTH = 4
+DYNAMIC_WIDTH = 8
 """Candidates that a dynamic tree expands per depth."""
 
 LOSSY: tuple[AcceptanceName, ...] = ("typical", "top_k", "distance")
