@@ -171,20 +171,24 @@ def _show(result: CalibrationResult, options: CalibrationOptions) -> None:
 
     console = human_console()
     console.print(result.calibration.key.in_words(), style="bold")
+    if result.calibration.key.executor != options.executor:
+        console.print(f"this model has no {options.executor} form, so it was measured as it runs: eagerly")
     looping = _loops(result, options)
     if looping:
         console.print(
             f"{looping} of {len(result.texts)} continuations end in a loop, which is easy to draft for: with --against text "
             f"figures are those of TEXT"
         )
-    table = Table(title="accuracy where all earlier offsets are right, by rank", title_justify="left")
+    console.print("accuracy where all earlier offsets are right, by rank")
+    table = Table()
     shown = min(MOST_RANKS_SHOWN, len(result.accuracy[0]))
     for name in ("offset", *(str(rank) for rank in range(shown)), "sum"):
         table.add_column(name, justify="right")
     for offset, ranks in enumerate(result.accuracy, start=2):
         table.add_row(str(offset), *(f"{share:.3f}" for share in ranks[:shown]), f"{sum(ranks):.3f}")
     console.print(table)
-    table = Table(title="cost of a forward", title_justify="left")
+    console.print("cost of a forward")
+    table = Table()
     for name in ("drafted tokens", "shape", "ms", "over plain"):
         table.add_column(name, justify="right")
     steps = result.calibration.report["steps"]
@@ -198,7 +202,8 @@ def _show(result: CalibrationResult, options: CalibrationOptions) -> None:
             f"heads score {line['tokens']} tokens: {line['tokens_per_forward']:.2f} tokens per forward, {line['ms']:.2f} ms, "
             f"{line['tokens_per_second']:.0f} tokens/s"
         )
-    table = Table(title="expected", title_justify="left")
+    console.print("expected")
+    table = Table()
     for name in ("draft", "tokens per forward", "ms per forward", "tokens/s", "over plain"):
         table.add_column(name, justify="right")
     for name, one in _summary(result):

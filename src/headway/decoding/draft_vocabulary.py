@@ -3,8 +3,8 @@
 Legend: V vocabulary, S tokens of the part.
 
 A token outside the part is never drafted, which costs acceptance where it would have been right and nothing else: whatever
-is drafted, the model's own prediction over all V tokens decides. Drawn drafts have q = 0 outside the part, and an exact rule
-asks of q only that drafts were drawn from it.
+is drafted, the model's own prediction over all V tokens decides. Drawn drafts have q = 0 outside the part (unless a processor
+forces other tokens), and an exact rule asks of q only that drafts were drawn from it.
 
 Source: Zhao et al. 2025, FR-Spec (arXiv:2502.14856): the head of a draft model over its most frequent tokens.
 """

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from headway.decoding.calibration.cost import CostTable, StepSeconds, measure_steps, monotone, monotone_costs
@@ -161,6 +161,9 @@ def calibrate(
             f"prompts of {options.prompt_tokens} tokens and {options.new_tokens} new ones do not fit into the {longest} "
             f"positions of this model; lower prompt_tokens or new_tokens"
         )
+    if options.executor == "lean" and isinstance(reason := lean_model(model), str):
+        progress(f"no lean executor, the model runs eagerly: {reason}")
+        options = replace(options, executor="eager")
     measured = _Measurement(model, options, text, progress)
     part, vocabulary_report = measured.choose_draft_vocabulary()
     texts = measured.texts(part)
@@ -191,7 +194,6 @@ def calibrate(
     trees = solved(None)
     beside = solved(Lookup(options.num_lookup_tokens, options.lookup_ngram)) if options.lookup else ()
     best = fastest([plain, *chains, *trees])
-    lean = options.executor == "lean" and not isinstance(lean_model(model), str)
     report = {
         "options": asdict(options),
         "text_tokens": len(text),
@@ -208,7 +210,7 @@ def calibrate(
         "provenance": {name: value for name, value in provenance().items() if name != "argv"},
     }
     entry = Calibration(
-        key=MachineKey.here(model, executor="lean" if lean else "eager", batch=options.batch),
+        key=MachineKey.here(model, executor=options.executor, batch=options.batch),
         heads=heads_fingerprint(folder),
         tree=best.tree.choices,
         tree_beside_lookup=fastest(list(beside)).tree.choices if beside else None,
