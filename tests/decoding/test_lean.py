@@ -138,17 +138,6 @@ def test_fused_products_are_the_single_ones_side_by_side(dtype: torch.dtype, way
     torch.testing.assert_close(found, expected)
 
 
-@needs_kernel
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("inputs", [64, 70, 1376])
-def test_a_row_of_the_kernel_is_the_same_bits_whatever_stands_beside_it(dtype: torch.dtype, inputs: int):
-    torch.manual_seed(0)
-    fused = FusedLinear([torch.nn.Linear(inputs, 130, bias=False).to(dtype)], way="kernel")
-    x = torch.randn(16, inputs, dtype=dtype)
-    alone = torch.cat([fused(row[None]) for row in x])
-    assert all(torch.equal(fused(x[:rows]), alone[:rows]) for rows in range(1, 17))
-
-
 def test_without_a_compiler_other_products_are_used(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(native, "_compiler", lambda: None)
     native.forget()

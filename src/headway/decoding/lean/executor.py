@@ -12,19 +12,23 @@ from torch import Tensor
 
 from headway.decoding.draft_vocabulary import SlicedDrafts
 from headway.decoding.executor import EagerExecutor, Nodes
+from headway.decoding.lean.markov import LeanMarkov
 from headway.decoding.lean.model import LeanModel
+from headway.decoding.lean.native import has_tiles
 from headway.model.output import OffsetHiddenStates
 
 MOST_ROWS_AT_ONCE = 32
-"""B x M x N up to which one product with the unembedding is cheaper than two: the weights are read once instead of twice."""
+"""B x M x N up to which one product with the unembedding is cheaper than two where rows cost next to nothing (AMX tiles)."""
+
+MOST_PAID_ROWS_AT_ONCE = 4
+"""The same where every row costs its arithmetic."""
 
 
 class LeanExecutor(EagerExecutor):
     """`EagerExecutor` on a `LeanModel`.
 
-    Where all offsets share the unembedding, one product gives the logits of every offset at every position, although
-    only those at the last accepted position will be needed: up to `MOST_ROWS_AT_ONCE` rows a product takes as long as
-    reading the weights does.
+    Where all offsets share the unembedding and rows are cheap, one product gives the logits of every offset at every
+    position, although only those at the last accepted position will be needed: the weights are then read once, not twice.
     """
 
     def __init__(self, model: LeanModel | SlicedDrafts, *args: Any, **kwargs: Any) -> None:
@@ -34,13 +38,15 @@ class LeanExecutor(EagerExecutor):
         # One product over all offsets would read the rows that a draft vocabulary leaves out.
         whole = not isinstance(model, SlicedDrafts)
         self._at_once = heads.unembeddings is None and not heads.autoregressive and whole
+        cheap = has_tiles() and model.get_input_embeddings().weight.dtype == torch.bfloat16
+        self._most_at_once = MOST_ROWS_AT_ONCE if cheap or model.way != "kernel" else MOST_PAID_ROWS_AT_ONCE
         self._ahead: tuple[OffsetHiddenStates, Tensor] | None = None
 
     def _run(self, ids: Tensor, mask: Any, position_ids: Tensor, num_offsets: int) -> OffsetHiddenStates:
         states = super()._run(ids, mask, position_ids, num_offsets)
         self._ahead = None
         count = 1 + len(states.future_hidden)
-        if self._at_once and count > 1 and ids.numel() * count <= MOST_ROWS_AT_ONCE:
+        if self._at_once and count > 1 and ids.numel() * count <= self._most_at_once:
             future_KBMD = torch.stack(states.future_hidden)
             if self._model.heads.uses_final_norm:
                 future_KBMD = self._model.final_norm(future_KBMD)
@@ -52,6 +58,19 @@ class LeanExecutor(EagerExecutor):
         if self._ahead is not None and self._ahead[0].last_hidden_BTD is last_hidden_BMD:
             return self._ahead[1][0]
         return super().logits(last_hidden_BMD)
+
+    def draft(self, states: OffsetHiddenStates, accepted: Nodes, *, last_B: Tensor | None = None, count: int) -> Tensor:
+        """See `EagerExecutor.draft`."""
+        markov: LeanMarkov | None = self._model.markov
+        if markov is None or self._model.heads.reads_tokens:
+            return super().draft(states, accepted, last_B=last_B, count=count)
+        assert last_B is not None
+        # Soft-capping keeps the order of logits.
+        return markov.likeliest(self.draft_logits(states, accepted, count=count), last_B)
+
+    def _markov_bias(self, tokens_BX: Tensor) -> Tensor:
+        markov: LeanMarkov | None = self._model.markov
+        return super()._markov_bias(tokens_BX) if markov is None else markov(tokens_BX)
 
     def draft_logits(self, states: OffsetHiddenStates, nodes: Nodes, *, count: int) -> Tensor:
         """See `EagerExecutor.draft_logits`."""

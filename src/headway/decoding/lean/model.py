@@ -19,11 +19,14 @@ from torch import Tensor, nn
 from headway.decoding.cache import attention_windows
 from headway.decoding.lean.layer import LeanLayer, RMSNorm
 from headway.decoding.lean.linear import FusedLinear, Way, fastest_way
+from headway.decoding.lean.markov import LeanMarkov
+from headway.decoding.lean.native import instructions
 from headway.decoding.lean.pages import move_to_huge_pages
 from headway.decoding.lean.passes import LeanPass
 from headway.decoding.lean.stack import LayerStack, serves
 from headway.functional.rotary import signed_sine
 from headway.heads.base import HeadInputs, LayerCall, Reading
+from headway.heads.linear import LinearHeads
 from headway.model.output import OffsetHiddenStates
 
 
@@ -62,6 +65,7 @@ class LeanModel:
         heads: the model's own.
         way: how products are made.
         num_bytes: of the copies of weights.
+        markov: the bias of the previous token by the kernel; None where there is no bias or no kernel.
         huge_page_bytes: of the weights that were moved to huge pages (`headway.decoding.lean.pages`).
         versions: of the weights when they were read.
     """
@@ -94,6 +98,10 @@ class LeanModel:
         self._stack = LayerStack(weights, final_norm=self._norm) if whole else None
         unembedding = model.family.lm_head
         self._unembedding = FusedLinear([unembedding], way=self.way)
+        linear = self.way == "kernel" and isinstance(model.heads, LinearHeads)
+        self._linear_heads = [FusedLinear([body], way=self.way) for body in model.heads] if linear else None
+        markov = model.heads.markov
+        self.markov = LeanMarkov(markov) if self.way == "kernel" and markov is not None else None
         own = [model.heads.unembedding(offset) for offset in range(2, model.num_future_tokens + 1)]
         self._own = [None if linear is None else FusedLinear([linear], way=self.way) for linear in own]
         self.num_bytes = (
@@ -107,6 +115,16 @@ class LeanModel:
     def num_future_tokens(self) -> int:
         """N."""
         return int(self._model.num_future_tokens)
+
+    @property
+    def description(self) -> str:
+        """How steps are made, in words."""
+        if self.way != "kernel":
+            return f"{self.way} products"
+        layers = list(self._lean.values())
+        whole = sum(layer.weights is not None for layer in layers)
+        pages = f"{self.huge_page_bytes / 2**20:.0f} MiB of weights" if self.huge_page_bytes else "no weights"
+        return f"C++ kernel, {instructions()}; {whole} of {len(layers)} layers as one call; {pages} in huge pages"
 
     @property
     def up_to_date(self) -> bool:
@@ -189,13 +207,19 @@ class LeanModel:
             spliced=spliced,
         )
         wanted = self.num_future_tokens if num_offsets is None else num_offsets
-        future = self.heads.future_hidden(inputs, num_heads=wanted - 1) if wanted > 1 else ()
+        future = self._future(inputs, num_heads=wanted - 1) if wanted > 1 else ()
         return OffsetHiddenStates(
             last_hidden_BTD=last_hidden_BMD,
             future_hidden=future,
             head_inputs=inputs if self.heads.autoregressive else None,
             past_key_values=past_key_values,
         )
+
+    def _future(self, inputs: HeadInputs, *, num_heads: int) -> tuple[Tensor, ...]:
+        """See `Heads.future_hidden`."""
+        if self._linear_heads is None:
+            return cast(tuple[Tensor, ...], self.heads.future_hidden(inputs, num_heads=num_heads))
+        return tuple(head(inputs.hidden_BTD) for head in self._linear_heads[:num_heads])
 
     def _through(
         self, hidden_BMD: Tensor, run: LeanPass, begin: int, end: int

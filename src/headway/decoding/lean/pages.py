@@ -8,6 +8,7 @@ moved, not copied: each parameter gets the same numbers at a new place, and the 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import mmap
 import weakref
 from pathlib import Path
@@ -90,7 +91,7 @@ def _is_plain(parameter: Tensor) -> bool:
 
 def _overlap(parameters: list[nn.Parameter]) -> bool:
     spans = sorted((parameter.data_ptr(), parameter.data_ptr() + _bytes(parameter)) for parameter in parameters)
-    return any(end > begin for (_, end), (begin, _) in zip(spans, spans[1:], strict=False))
+    return any(end > begin for (_, end), (begin, _) in itertools.pairwise(spans))
 
 
 def _places(parameters: list[nn.Parameter]) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
-// What `headway.decoding.lean` calls. Products: products.hpp; whole decoder layers: layers.hpp.
+// What `headway.decoding.lean` calls. Products: products.hpp; whole decoder layers: layers.hpp; drafts with a bias: chain.hpp.
 
+#include "chain.hpp"
 #include "layers.hpp"
 
 namespace {
@@ -44,6 +45,8 @@ void headway_layers_float32(const Pass* pass, const Layer* layers, int64_t count
 void headway_layers_bfloat16(const Pass* pass, const Layer* layers, int64_t count) {
     run_layers<BFloat16>(*pass, layers, count);
 }
+void headway_chain_float32(const Chain* chain) { run_chain<Float32>(*chain); }
+void headway_chain_bfloat16(const Chain* chain) { run_chain<BFloat16>(*chain); }
 const char* headway_instructions() {
 #if defined(HEADWAY_TILES)
     return tiles_allowed() ? "AMX, AVX-512" : "AVX-512, without the AMX that the system refuses";

@@ -13,10 +13,6 @@
 #include <limits>
 #include <vector>
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 #include "products.hpp"
 
 namespace headway {
@@ -56,7 +52,7 @@ struct Pass {
 };
 
 template <class Kind>
-__attribute__((noinline)) void norm_row(const typename Kind::Number* x, const typename Kind::Number* weight, double eps,
+void norm_row(const typename Kind::Number* x, const typename Kind::Number* weight, double eps,
                                         int64_t width, typename Kind::Number* y) {
     Vector squares = zero();
     int64_t i = 0;
@@ -149,7 +145,7 @@ inline float soften(float* scores, int64_t count) {
 }
 
 template <class Kind>
-__attribute__((noinline)) float weighted_sum(const float* weights, const typename Kind::Number* values, int64_t count,
+float weighted_sum(const float* weights, const typename Kind::Number* values, int64_t count,
                                              int64_t step) {
     float total = 0.0f;
     for (int64_t s = 0; s < count; ++s) total += weights[s] * Kind::value(values[s * step]);

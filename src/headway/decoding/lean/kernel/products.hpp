@@ -7,7 +7,12 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 #include <vector>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 
 #include "tiles.hpp"
 #include "vectors.hpp"
@@ -29,9 +34,9 @@ inline Range share(int64_t outputs, int thread, int threads, int64_t group) {
     return {std::min(outputs, groups * thread / threads * group), std::min(outputs, groups * (thread + 1) / threads * group)};
 }
 
-// What is left of a dot product after its whole vectors. Compiled once: inlined copies may be contracted differently.
+// What is left of a dot product after its whole vectors.
 template <class Kind>
-__attribute__((noinline)) float rest_of_dot(const typename Kind::Number* a, const typename Kind::Number* b, int64_t count) {
+float rest_of_dot(const typename Kind::Number* a, const typename Kind::Number* b, int64_t count) {
     float total = 0.0f;
     for (int64_t j = 0; j < count; ++j) total += Kind::value(a[j]) * Kind::value(b[j]);
     return total;
@@ -56,6 +61,16 @@ inline void block(const typename Kind::Number* x, int64_t inputs, const typename
             for (int o = 0; o < Outputs; ++o) sums[r][o] = Kind::dot(own, weights[o], sums[r][o]);
         }
     }
+#if defined(HEADWAY_AVX512)
+    if (Outputs == 4 && i == inputs) {
+        Vector found = lane_sums<Rows>(sums);
+        if (bias) found = add(found, _mm512_broadcast_f32x4(Kind::widen_four(bias)));
+        alignas(64) typename Kind::Number numbers[16];
+        Kind::narrow(numbers, found);
+        for (int r = 0; r < Rows; ++r) std::memcpy(y + r * y_stride, numbers + 4 * r, 4 * sizeof numbers[0]);
+        return;
+    }
+#endif
     __m128 totals[Rows];
     sums_of_lanes<Rows>(sums, totals);
     for (int r = 0; r < Rows; ++r) {

@@ -96,9 +96,9 @@ inline float largest(Vector v) {
 }
 
 // Sums of the lanes of `Rows` times four vectors. The order of the additions is the same for every row and number of rows.
-template <int Rows>
-inline void sums_of_lanes(const Vector (&parts)[Rows][4], __m128 (&totals)[Rows]) {
 #if defined(HEADWAY_AVX512)
+template <int Rows>
+inline __m512 lane_sums(const Vector (&parts)[Rows][4]) {
     __m512 rows[4];
     for (int r = 0; r < 4; ++r) {
         if (r >= Rows) {
@@ -112,10 +112,16 @@ inline void sums_of_lanes(const Vector (&parts)[Rows][4], __m128 (&totals)[Rows]
     }
     const __m512 low = _mm512_add_ps(_mm512_shuffle_ps(rows[0], rows[1], 0x44), _mm512_shuffle_ps(rows[0], rows[1], 0xEE));
     const __m512 high = _mm512_add_ps(_mm512_shuffle_ps(rows[2], rows[3], 0x44), _mm512_shuffle_ps(rows[2], rows[3], 0xEE));
-    __m512 found = _mm512_add_ps(_mm512_shuffle_ps(low, high, 0x88), _mm512_shuffle_ps(low, high, 0xDD));
+    const __m512 found = _mm512_add_ps(_mm512_shuffle_ps(low, high, 0x88), _mm512_shuffle_ps(low, high, 0xDD));
     // Found are four groups, one per output, of four rows.
-    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    found = _mm512_permutexvar_ps(order, found);
+    return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), found);
+}
+#endif
+
+template <int Rows>
+inline void sums_of_lanes(const Vector (&parts)[Rows][4], __m128 (&totals)[Rows]) {
+#if defined(HEADWAY_AVX512)
+    const __m512 found = lane_sums<Rows>(parts);
     totals[0] = _mm512_castps512_ps128(found);
     if (Rows > 1) totals[Rows > 1 ? 1 : 0] = _mm512_extractf32x4_ps(found, 1);
     if (Rows > 2) totals[Rows > 2 ? 2 : 0] = _mm512_extractf32x4_ps(found, 2);
