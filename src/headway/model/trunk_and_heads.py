@@ -1,4 +1,4 @@
-"""One pass through the trunk and the heads of a multi-token model, up to the hidden states of every offset.
+"""One pass through trunk and heads of a multi-token model, up to every offset's hidden states.
 
 Legend: B batch, T positions, L layers of the base, n future tokens.
 

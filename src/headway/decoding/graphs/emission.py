@@ -1,4 +1,4 @@
-"""What each row gets from one forward, decided where the logits are: the tensor form of the greedy chooser.
+"""What each row gets from one forward, decided on the device: the tensor form of the greedy chooser.
 
 Legend: B rows, M positions of a block (the last known token and the draft), K drafted tokens, V vocabulary.
 

@@ -1,4 +1,4 @@
-"""Which requests the graph executor serves, and with what. Others are refused by name: nothing falls back in silence."""
+"""Which requests the graph executor serves, and with what; others are refused by name."""
 
 from __future__ import annotations
 

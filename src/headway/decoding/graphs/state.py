@@ -1,4 +1,4 @@
-"""The buffers that a captured step reads and writes, and the queue that brings its results to the host.
+"""The buffers of a captured step, and the queue that brings its results to the host.
 
 Legend: B rows, C capacity in slots, W positions of the widest block, V vocabulary.
 """
