@@ -1,11 +1,19 @@
-"""Cost of one 4-position step with heads over one plain step, and how near the plain step is to the memory's limit.
+"""Cost of one step with drafts over one plain step, and how near both are to their byte floors.
 
-Random weights, batch 1, context 128, float32 and bfloat16, at about 10M to 350M parameters (llama shapes), on the eager
-and on the lean executor. Everything of a row of the table is interleaved in one process: the plain step, the 4-position
-step (base and heads on 4 positions, then the next draft), reading the touched weights once (the limit), and `generate` of
-Hugging Face and of this engine with plain decoding, per token. Acceptance plays no part here. One JSON document last.
+Random weights, batch 1, context 128, float32 and bfloat16, at about 9M to 350M parameters (llama shapes), on the eager
+executor, the lean one, and the lean one on oneDNN's packed products instead of our kernel. Everything of a row of the table is
+interleaved in one process: the plain step, the drafted step (base and all heads on a block of n positions, then the next
+draft), reading the touched weights once (the limit), and `generate` of Hugging Face and of this engine with plain decoding,
+per token. "9M" has the shape of the reference model (bytes, 8 future tokens, linear heads with a Markov bias); the others have
+three transformer heads. Acceptance plays no part here.
+
+A step's byte floor is the time of reading what it cannot do without, each byte once: weights of the layers that run, the
+unembedding, and keys and values of the context; at the rate at which the same weights are read without computing anything.
+Lines of text on stderr, one JSON document last on stdout.
 
     python benchmarks/decoding_steps.py [--output benchmarks/results/decoding_steps.json]
+    python benchmarks/decoding_steps.py --sizes 110M
+    python benchmarks/decoding_steps.py --sizes 350M
 """
 
 from __future__ import annotations
@@ -16,6 +24,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,40 +36,56 @@ import headway
 from headway.decoding.engine import decoding_context
 from headway.decoding.executor import EagerExecutor
 from headway.decoding.lean.executor import LeanExecutor
+from headway.decoding.lean.few_rows import read_once
 from headway.decoding.lean.model import LeanModel
+from headway.decoding.lean.native import instructions
+from headway.decoding.lean.pages import huge_pages
 from headway.decoding.prompts import align_prompts
 from headway.model.config import MultiTokenConfig
 from headway.provenance import provenance
 
-# name -> width, layers of the base, vocabulary, heads
+
+@dataclass(frozen=True)
+class Shape:
+    """A llama and its heads."""
+
+    width: int
+    layers: int
+    vocabulary: int
+    heads: int
+    future_tokens: int = 4
+    options: dict[str, Any] = field(default_factory=dict)
+
+
 SHAPES = {
-    "10M": (256, 8, 8192, 4),
-    "30M": (512, 8, 8192, 8),
-    "110M": (768, 12, 32000, 12),
-    "350M": (1024, 24, 32000, 16),
+    "9M": Shape(256, 10, 256, 4, 8, {"heads": "linear", "markov_rank": 128}),
+    "10M": Shape(256, 8, 8192, 4),
+    "30M": Shape(512, 8, 8192, 8),
+    "110M": Shape(768, 12, 32000, 12),
+    "350M": Shape(1024, 24, 32000, 16),
 }
-CONTEXT, DRAFTS, GENERATED = 128, 3, 32
+CONTEXT, GENERATED = 128, 32
 
 
-def build(name: str, dtype: torch.dtype) -> Any:
-    """A random model of the shape with three heads."""
-    width, layers, vocabulary, heads = SHAPES[name]
+def build(shape: Shape, dtype: torch.dtype) -> Any:
+    """A random model of the shape."""
     torch.manual_seed(0)
+    own_layers = shape.future_tokens - 1 if not shape.options else 0
     config = LlamaConfig(
-        hidden_size=width,
-        intermediate_size=-(-8 * width // 3 // 32) * 32,
-        num_hidden_layers=layers + DRAFTS,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        vocab_size=vocabulary,
+        hidden_size=shape.width,
+        intermediate_size=-(-8 * shape.width // 3 // 32) * 32,
+        num_hidden_layers=shape.layers + own_layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        vocab_size=shape.vocabulary,
         max_position_embeddings=1024,
         tie_word_embeddings=False,
         pad_token_id=None,
         bos_token_id=None,
         eos_token_id=None,
     )
-    model = headway.MultiTokenLM.from_config(config, MultiTokenConfig(num_future_tokens=DRAFTS + 1))
-    return model.to(dtype).eval()
+    mtp_config = MultiTokenConfig(num_future_tokens=shape.future_tokens, **shape.options)
+    return headway.MultiTokenLM.from_config(config, mtp_config).to(dtype).eval()
 
 
 def timed(function: Callable[[], Any]) -> float:
@@ -75,84 +101,132 @@ def _ratios(above: list[float], below: list[float]) -> list[float]:
 
 def measure(name: str, *, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
     """One row of the table."""
-    model = build(name, dtype)
-    ids = torch.randint(0, SHAPES[name][2], (1, CONTEXT))
-    prompts = align_prompts(ids, None, vocabulary=SHAPES[name][2])
-    touched = [p for n, p in model.base.named_parameters() if "embed_tokens" not in n]
-    flat = torch.cat([p.detach().reshape(-1) for p in touched])
-    with_heads = flat.numel() + sum(p.numel() for p in model.heads.parameters())
-    # Reading weights as integers costs no conversion: only the memory is measured.
-    words = flat.view(torch.int64) if flat.numel() * flat.element_size() % 8 == 0 else flat.view(torch.int32)
+    shape = SHAPES[name]
+    drafts = shape.future_tokens - 1
+    model = build(shape, dtype)
+    ids = torch.randint(0, shape.vocabulary, (1, CONTEXT))
+    prompts = align_prompts(ids, None, vocabulary=shape.vocabulary)
+    base = sum(p.numel() for n, p in model.base.named_parameters() if "embed_tokens" not in n)
+    # Of W1 of the Markov bias single rows are read, as of the embedding table.
+    of_heads = sum(p.numel() for n, p in model.heads.named_parameters() if "markov.previous" not in n)
+    size = next(model.parameters()).element_size()
+    cached = 2 * CONTEXT * shape.width * size
+    layers = shape.layers
+    # Heads with layers of their own look back at keys and values too.
+    head_layers = len(model.heads.decoder_layers)
+    bytes_plain = base * size + layers * cached
+    bytes_drafted = (base + of_heads) * size + (layers + head_layers) * cached
+    weights = huge_pages(base * size // 4 * 4)
+    weights.view(torch.int32).copy_(torch.arange(len(weights) // 4) % 1000)
+    numbers, words = weights.view(torch.float32), weights[: len(weights) // 8 * 8].view(torch.int64)
+    # The packed copies are made first: the kernel's way moves the weights.
+    packed = LeanModel(model, way="packed")
     lean = LeanModel(model)
     executors: dict[str, list[EagerExecutor]] = {
-        label: [kind(run, prompts, max_new_tokens=GENERATED, num_draft_tokens=drafts) for drafts in (0, DRAFTS)]
-        for label, kind, run in (("eager", EagerExecutor, model), ("lean", LeanExecutor, lean))
+        label: [kind(run, prompts, max_new_tokens=GENERATED, num_draft_tokens=count) for count in (0, drafts)]
+        for label, kind, run in (
+            ("eager", EagerExecutor, model),
+            ("packed", LeanExecutor, packed),
+            ("lean", LeanExecutor, lean),
+        )
     }
-    one, four = torch.randint(0, 100, (1, 1)), torch.randint(0, 100, (1, DRAFTS + 1))
+    one, block, last_B = torch.randint(0, 100, (1, 1)), torch.randint(0, 100, (1, drafts + 1)), torch.tensor([7])
 
     def plain_step(executor: EagerExecutor) -> None:
         states = executor.block(one, [CONTEXT], num_offsets=1)
         executor.logits(states.last_hidden_BTD).argmax(-1).tolist()
 
     def drafted_step(executor: EagerExecutor) -> None:
-        states = executor.block(four, [CONTEXT], num_offsets=DRAFTS + 1)
+        states = executor.block(block, [CONTEXT], num_offsets=drafts + 1)
         executor.logits(states.last_hidden_BTD).argmax(-1).tolist()
-        executor.draft(states, [1], count=DRAFTS)
+        executor.draft(states, [1], last_B=last_B, count=drafts)
 
     common = {"max_new_tokens": GENERATED, "do_sample": False, "use_cache": True}
+    threads = torch.get_num_threads()
     calls: dict[str, Callable[[], Any]] = {
-        "limit": lambda: words.sum(),
-        "plain_step": lambda: plain_step(executors["eager"][0]),
-        "drafted_step": lambda: drafted_step(executors["eager"][1]),
-        "lean_plain_step": lambda: plain_step(executors["lean"][0]),
-        "lean_drafted_step": lambda: drafted_step(executors["lean"][1]),
+        "read_by_torch": lambda: words.sum(),
+        "read_by_kernel": lambda: read_once(numbers, threads=threads),
+        **{f"{label}_plain_step": partial(plain_step, pair[0]) for label, pair in executors.items()},
+        **{f"{label}_drafted_step": partial(drafted_step, pair[1]) for label, pair in executors.items()},
         "engine_plain_generate": lambda: model.generate(ids, num_draft_tokens=0, **common),
         "lean_plain_generate": lambda: model.generate(ids, num_draft_tokens=0, executor="lean", **common),
         "huggingface_generate": lambda: model.base.generate(ids, **common),
     }
+    if not read_once(numbers, threads=threads):
+        del calls["read_by_kernel"]
     seconds: dict[str, list[float]] = {label: [] for label in calls}
     with torch.inference_mode(), decoding_context(model):
         for plain, drafted in executors.values():
             plain.prefill(num_offsets=1)
-            drafted.prefill(num_offsets=DRAFTS + 1)
+            drafted.prefill(num_offsets=drafts + 1)
         for repeat in range(repeats + 2):
             for label, call in calls.items():
+                # Generations are long and steps are short: half as many of them tell as much.
+                if label.endswith("generate") and repeat % 2:
+                    continue
                 took = timed(call)
                 if repeat >= 2:
                     seconds[label].append(took)
     median = {label: statistics.median(times) * 1000 for label, times in seconds.items()}
-    own_limit = median["limit"] * with_heads / flat.numel()
-    ratios = _ratios(seconds["drafted_step"], seconds["plain_step"])
-    lean_ratios = _ratios(seconds["lean_drafted_step"], seconds["lean_plain_step"])
+    readings = {label: ms for label, ms in median.items() if label.startswith("read_by")}
+    limit = min(readings.values())
+    rate = len(weights) / limit / 1e6
+    floors = {"plain": bytes_plain / rate / 1e6, "drafted": bytes_drafted / rate / 1e6}
+
+    def steps(label: str) -> dict[str, Any]:
+        """Both steps of an executor beside their floors."""
+        ratios = _ratios(seconds[f"{label}_drafted_step"], seconds[f"{label}_plain_step"])
+        plain, drafted = median[f"{label}_plain_step"], median[f"{label}_drafted_step"]
+        return {
+            "plain_step_ms": round(plain, 3),
+            "drafted_step_ms": round(drafted, 3),
+            "drafted_over_plain": round(statistics.median(ratios), 3),
+            "drafted_over_plain_quartiles": [round(q, 3) for q in statistics.quantiles(ratios, n=4)],
+            "plain_step_share_of_limit": round(limit / plain, 3),
+            "plain_step_share_of_floor": round(floors["plain"] / plain, 3),
+            "drafted_step_share_of_floor": round(floors["drafted"] / drafted, 3),
+        }
+
     row = {
         "size": name,
         "dtype": str(dtype).removeprefix("torch."),
         "parameters": model.num_parameters(),
-        "bytes_plain_step": flat.numel() * flat.element_size(),
-        "bytes_drafted_step": with_heads * flat.element_size(),
-        "limit_ms": round(median["limit"], 3),
-        "plain_step_ms": round(median["plain_step"], 3),
-        "drafted_step_ms": round(median["drafted_step"], 3),
-        "drafted_over_plain": round(statistics.median(ratios), 3),
-        "drafted_over_plain_quartiles": [round(q, 3) for q in statistics.quantiles(ratios, n=4)],
-        "plain_step_share_of_limit": round(median["limit"] / median["plain_step"], 3),
-        "drafted_step_share_of_own_limit": round(own_limit / median["drafted_step"], 3),
+        "positions": drafts + 1,
+        "bytes_weights": base * size,
+        "bytes_plain_step": bytes_plain,
+        "bytes_drafted_step": bytes_drafted,
+        "limit_ms": round(limit, 3),
+        "limit_by": min(readings, key=lambda label: readings[label]),
+        "gigabytes_per_second": round(rate, 1),
+        "floor_plain_step_ms": round(floors["plain"], 3),
+        "floor_drafted_step_ms": round(floors["drafted"], 3),
+        "floor_drafted_over_plain": round(bytes_drafted / bytes_plain, 3),
+        "eager": steps("eager"),
+        "packed": {"copied_bytes": packed.num_bytes} | steps("packed"),
         "lean": {
-            "way": lean.way,
+            "how": lean.description,
             "copied_bytes": lean.num_bytes,
-            "plain_step_ms": round(median["lean_plain_step"], 3),
-            "drafted_step_ms": round(median["lean_drafted_step"], 3),
-            "drafted_over_plain": round(statistics.median(lean_ratios), 3),
-            "drafted_over_plain_quartiles": [round(q, 3) for q in statistics.quantiles(lean_ratios, n=4)],
-            "plain_step_share_of_limit": round(median["limit"] / median["lean_plain_step"], 3),
-            "drafted_step_share_of_own_limit": round(own_limit / median["lean_drafted_step"], 3),
+            **steps("lean"),
+            "drafted_step_over_packed": round(median["lean_drafted_step"] / median["packed_drafted_step"], 3),
             "plain_ms_per_token": round(median["lean_plain_generate"] / GENERATED, 3),
         },
         "engine_plain_ms_per_token": round(median["engine_plain_generate"] / GENERATED, 3),
         "huggingface_generate_ms_per_token": round(median["huggingface_generate"] / GENERATED, 3),
     }
-    print(json.dumps(row), file=sys.stderr)
+    print(_line(row), file=sys.stderr)
     return row
+
+
+def _line(row: dict[str, Any]) -> str:
+    lean = row["lean"]
+    return (
+        f"{row['size']} {row['dtype']}, {row['gigabytes_per_second']} GB/s: lean plain step {lean['plain_step_ms']} ms "
+        f"(floor {row['floor_plain_step_ms']}, share {lean['plain_step_share_of_floor']}; share of the limit "
+        f"{lean['plain_step_share_of_limit']}), {row['positions']}-position step {lean['drafted_step_ms']} ms (floor "
+        f"{row['floor_drafted_step_ms']}, share {lean['drafted_step_share_of_floor']}), ratio {lean['drafted_over_plain']} "
+        f"(by bytes {row['floor_drafted_over_plain']}); over packed {lean['drafted_step_over_packed']}; eager "
+        f"{row['eager']['plain_step_ms']} and {row['eager']['drafted_step_ms']} ms"
+    )
 
 
 def main() -> None:
@@ -164,27 +238,27 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=list(SHAPES), choices=list(SHAPES), help="shapes to measure")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    rows = [
-        measure(name, dtype=dtype, repeats=arguments.repeats)
-        for name in arguments.sizes
-        for dtype in (torch.float32, torch.bfloat16)
-    ]
-    document = {
+    rows: list[dict[str, Any]] = []
+    document: dict[str, Any] = {
         "benchmark": "decoding_steps",
         "setting": {
             "context": CONTEXT,
-            "drafted_tokens": DRAFTS,
             "batch": 1,
             "repeats": arguments.repeats,
             "threads": arguments.threads,
             "weights": "random",
-            "limit": "summing the weights that a plain step touches (the embedding table left out) as integers",
+            "limit": "reading as many bytes as a plain step reads of weights (the embedding table left out), in huge pages where "
+            "there are any; the faster of a sum by torch and a sum by the kernel",
+            "instructions": instructions(),
         },
         "rows": rows,
         "provenance": provenance(),
     }
-    if arguments.output:
-        arguments.output.write_text(json.dumps(document, indent=2) + "\n")
+    for name in arguments.sizes:
+        for dtype in (torch.float32, torch.bfloat16):
+            rows.append(measure(name, dtype=dtype, repeats=arguments.repeats))
+            if arguments.output:
+                arguments.output.write_text(json.dumps(document, indent=2) + "\n")
     print(json.dumps(document))
 
 

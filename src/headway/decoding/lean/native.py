@@ -50,6 +50,8 @@ def library() -> ctypes.CDLL | None:
     for function in (found.headway_chain_float32, found.headway_chain_bfloat16):
         function.argtypes = [pointer]
         function.restype = None
+    found.headway_read.argtypes = [pointer, number, ctypes.c_int]
+    found.headway_read.restype = ctypes.c_float
     found.headway_instructions.restype = ctypes.c_char_p
     return found
 
