@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from decoding_steps import DRAFTS, SHAPES, build
+from decoding_steps import SHAPES, build
 from headway.decoding.blocks import stream_blocks
 from headway.decoding.drafting import Block, ChainDrafter, Standing
 from headway.provenance import provenance
@@ -39,6 +39,8 @@ TEXTS = {
     "random": lambda place: 0.02,
     "alternating": lambda place: 0.9 if place // 64 % 2 == 0 else 0.02,
 }
+DRAFTS = 3
+SIZES = [name for name, shape in SHAPES.items() if shape.future_tokens == DRAFTS + 1]
 ARMS: dict[str, int | str] = {"plain": 0, "longest": DRAFTS, "auto": "auto"}
 # Quantile 0.95 of Student's t by degrees of freedom, at some places; the next smaller one is used, which is on the safe side.
 STUDENT = {1: 6.314, 2: 2.920, 3: 2.353, 4: 2.132, 6: 1.943, 9: 1.833, 14: 1.761, 19: 1.729, 29: 1.699, 59: 1.671}
@@ -87,7 +89,7 @@ def bound(ratios: Sequence[float]) -> float:
 
 def measure(model: Any, batch: int, text: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """One row of the table."""
-    vocabulary = SHAPES[arguments.size][2]
+    vocabulary = SHAPES[arguments.size].vocabulary
     torch.manual_seed(batch)
     ids = torch.randint(0, vocabulary, (batch, PROMPT))
     _, plain = decode(model, ids, "plain", new=arguments.tokens, executor=arguments.executor)
@@ -134,7 +136,7 @@ def main() -> None:
     """Print the rows and one JSON document."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--output", type=Path, help="also write the JSON document here")
-    parser.add_argument("--size", default="10M", choices=list(SHAPES), help="shape of the random model")
+    parser.add_argument("--size", default="10M", choices=SIZES, help="shape of the random model")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="rows per batch")
     parser.add_argument("--texts", nargs="+", default=list(TEXTS), choices=list(TEXTS), help="kinds of text")
     parser.add_argument("--tokens", type=int, default=384, help="new tokens per row")
@@ -145,7 +147,7 @@ def main() -> None:
     if arguments.repeats < 2:
         parser.error("--repeats needs at least 2, for a spread")
     torch.set_num_threads(arguments.threads)
-    model = build(arguments.size, torch.float32)
+    model = build(SHAPES[arguments.size], torch.float32)
     rows = [measure(model, batch, text, arguments) for batch in arguments.batches for text in arguments.texts]
     document = {
         "benchmark": "controller",
