@@ -382,7 +382,7 @@ def test_lossy_acceptance_is_said_on_the_screen_and_in_the_document(headway, byt
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--tree", "x"), "--tree takes a number of nodes or a JSON list"),
+        (("--tree", "x"), "--tree takes a number of nodes, a JSON list of paths"),
         (("--tree", "[[0, 0]]"), "where it begins"),
         (("--sample-drafts",), "--sample-drafts is for sampling: pass --temperature"),
         (("--drafts", "lookup", "--tree", "4"), "a tree is made of the heads' candidates"),
