@@ -6,7 +6,6 @@ Legend: B rows, M positions of one forward, S visible slots, C positions of the 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,12 +29,16 @@ class LeanPass:
     masks: dict[int | None, Tensor | None]
     cache: Any
     _places: tuple[Tensor, Tensor] | None = field(default=None, init=False)
+    # No cached_property: before Python 3.12 it takes a lock, which torch.compile cannot trace.
+    _cos_sin: tuple[Tensor, Tensor] | None = field(default=None, init=False)
 
-    @cached_property
+    @property
     def cos_sin(self) -> tuple[Tensor, Tensor]:
         """Both at the positions of the pass, [B or 1, M, 1, r]: gathered once for all layers, with an axis for heads."""
-        cos_Cr, sin_Cr = self.rotary
-        return cos_Cr[self.position_ids_BM][:, :, None], sin_Cr[self.position_ids_BM][:, :, None]
+        if self._cos_sin is None:
+            cos_Cr, sin_Cr = self.rotary
+            self._cos_sin = cos_Cr[self.position_ids_BM][:, :, None], sin_Cr[self.position_ids_BM][:, :, None]
+        return self._cos_sin
 
     def places(self, batch: int) -> tuple[Tensor, Tensor]:
         """Slots and positions, int64 [B, M] each, one row after the other."""
