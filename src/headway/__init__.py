@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from headway.decoding.calibration.run import calibrate
     from headway.decoding.statistics import AcceptanceStatistics, GenerationResult
     from headway.errors import HeadwayError
     from headway.model.attach import attach_heads
@@ -31,6 +32,7 @@ _HOMES = {
     "MultiTokenLM": "headway.model.multi_token_lm",
     "MultiTokenOutput": "headway.model.output",
     "attach_heads": "headway.model.attach",
+    "calibrate": "headway.decoding.calibration.run",
 }
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "MultiTokenLM",
     "MultiTokenOutput",
     "attach_heads",
+    "calibrate",
 ]
 
 
