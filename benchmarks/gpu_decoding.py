@@ -8,8 +8,9 @@ Meant for ten minutes on a GPU with 40 GB. The document is written after each pa
 - speed_measured, with --model: tokens per second with the heads' own drafts over none, on prompts from --text.
 - steps, on a model of the shape of Llama 3.2 1B with random bfloat16 weights and three transformer heads: a plain step, and one
   that verifies three drafted tokens and drafts three; by the Hugging Face model ("eager"), by lean blocks under the host's loop
-  ("lean"), as one static step without capture ("static"), and as a CUDA graph ("graph"). Share: bytes of all weights that the
-  step needs and of its keys and values, each once, over time and bandwidth.
+  ("lean"), as one static step without capture ("static"), as a CUDA graph ("graph"), and as one of a step that torch.compile
+  has fused before ("compiled graph"). Share: bytes of all weights that the step needs and of its keys and values, each once,
+  over time and bandwidth.
 - speed_simulated: tokens per second after the prefill, the arms taking turns. Acceptance is simulated: so many drafts of a block
   stand as a table says, whatever the tokens are; costs are real.
 - lossless: in float32, drafts that are right at 70 % of the places against the eager executor without drafts, near-ties counted;
@@ -29,7 +30,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from headway.decoding.compare import NEAR_TIE_GAP, first_difference, top_two_gap
 from headway.decoding.engine import decoding_context
 from headway.decoding.executor import EagerExecutor
 from headway.decoding.graphs import executor as graphs_executor
-from headway.decoding.graphs.capture import GraphReport, call_instead, graph_settings
+from headway.decoding.graphs.capture import Capture, CompiledCapture, CudaCapture, call_instead, graph_settings
 from headway.decoding.graphs.emission import Emitted, GreedyChoice
 from headway.decoding.graphs.executor import GraphExecutor
 from headway.decoding.lean.admission import lean_model
@@ -187,6 +188,25 @@ def host_step(executor: EagerExecutor, block_BM: Tensor, context: int, drafts: i
         executor.draft(states, [0] * rows, last_B=own[:, 0], count=drafts)
 
 
+def static_steps(
+    lean: LeanModel, prompts: Prompts, setting: Setting, capture: Capture | None, options: dict[str, Any]
+) -> tuple[list[float], dict[str, Any]]:
+    """Seconds of steps of the graph executor, each waited for, and what its captures cost."""
+    with graph_settings(capture=capture, ahead=0):
+        run = GraphExecutor(lean, prompts, choice=GreedyChoice(), **options)
+    run.begin()
+    places = [position + len(record.tokens) - 1 for position, record in zip(prompts.lengths, run.read(), strict=True)]
+
+    def step() -> None:
+        run.launch(places)
+        for row, record in enumerate(run.read()):
+            places[row] += len(record.tokens)
+
+    seconds = [timed(step, setting.device) for _ in range(setting.steps + 3)][3:]
+    run.done = True
+    return seconds, asdict(run.graphs.report)
+
+
 def step_times(model: Any, lean: LeanModel, setting: Setting, *, batch: int, drafts: int) -> dict[str, Any]:
     """Milliseconds per step of every arm, and the share of the bandwidth that each reaches."""
     vocabulary = setting.shape["vocab_size"]
@@ -204,23 +224,19 @@ def step_times(model: Any, lean: LeanModel, setting: Setting, *, batch: int, dra
             for _ in range(setting.steps + 3)
         ]
         seconds[name] = steps[3:]
-    report = GraphReport()
-    captured = None if setting.device.type == "cuda" else call_instead
-    for name, capture in (("static", call_instead), ("graph", captured)):
-        with graph_settings(capture=capture, ahead=0):
-            static = GraphExecutor(lean, prompts, choice=GreedyChoice(), **options)
-        static.begin()
-        static.read()
-        places = [setting.context] * batch
-
-        def step() -> None:
-            static.launch(places)  # noqa: B023
-            for row, record in enumerate(static.read()):  # noqa: B023
-                places[row] += len(record.tokens)  # noqa: B023
-
-        seconds[name] = [timed(step, setting.device) for _ in range(setting.steps + 3)][3:]
-        static.done = True
-        report = static.graphs.report
+    reports: dict[str, dict[str, Any]] = {}
+    on_cuda = setting.device.type == "cuda"
+    captures: dict[str, Capture | None] = {"static": call_instead, "graph": None if on_cuda else call_instead}
+    if on_cuda:
+        captures["compiled graph"] = CompiledCapture(CudaCapture(setting.device))
+    for name, capture in captures.items():
+        try:
+            seconds[name], reports[name] = static_steps(lean, prompts, setting, capture, options)
+        except Exception as error:
+            # The compiler is the one part of the four that a machine may lack something for.
+            if name != "compiled graph":
+                raise
+            reports[name] = {"not_run": f"{type(error).__name__}: {error}"[:300]}
     medians = {name: statistics.median(own) for name, own in seconds.items()}
     return {
         "batch": batch,
@@ -230,11 +246,7 @@ def step_times(model: Any, lean: LeanModel, setting: Setting, *, batch: int, dra
         "quartiles": {
             name: [1000 * quarter for quarter in statistics.quantiles(own, n=4)] for name, own in seconds.items()
         },
-        "graphs": {
-            "captures": report.captures,
-            "capture_seconds": report.capture_seconds,
-            "pool_bytes": report.pool_bytes,
-        },
+        "graphs": reports,
     }
 
 

@@ -18,6 +18,7 @@ from headway.decoding.engine import ENGINE, decoding_context
 from headway.decoding.graphs.capture import (
     WARM_UPS,
     CapturedStep,
+    CompiledCapture,
     CudaCapture,
     OutsideReads,
     StepGraphs,
@@ -324,6 +325,27 @@ def test_a_cuda_capture_warms_up_aside_and_leaves_the_buffers_as_they_were(monke
     assert calls == ["replay"]
     graphs.run(StepShape(2, 1, 1, 256, ("greedy",)), step, keep)
     assert "enter capture pool" in calls
+
+
+def test_a_compiled_capture_captures_what_the_compiler_made_of_the_step():
+    numbers = torch.zeros(4)
+    captured: list[Callable[[], None]] = []
+
+    def keep(step: Callable[[], None], prepare: Callable[[], None]) -> Callable[[Any], None]:
+        captured.append(step)
+        return lambda current: step()
+
+    capture = CompiledCapture(keep, backend="eager")
+    with torch.compiler.set_stance("force_eager"):
+        for amount in range(12):  # more than torch.compile compiles one function for
+
+            def step(amount: int = amount) -> None:
+                numbers.add_(amount)
+
+            replay = capture(lambda step=step: step(), lambda: None)
+            replay(step)
+    assert numbers.tolist() == [66.0] * 4
+    assert len(captured) == 12
 
 
 def test_the_bucket_is_large_enough_for_steps_that_are_on_their_way(monkeypatch: pytest.MonkeyPatch):
