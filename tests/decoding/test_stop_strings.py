@@ -8,6 +8,9 @@ from transformers import TextStreamer
 
 from decoding_cases import script_drafts
 from headway.data.tokenizers import BYTE_VOCABULARY_SIZE, byte_tokenizer
+from headway.decoding.requests import Request
+from headway.decoding.scheduler import Scheduler
+from headway.errors import DecodingError
 from headway.model.attach import attach_heads
 from headway.model.config import MultiTokenConfig
 from tiny_models import tiny_base
@@ -50,3 +53,19 @@ def test_a_text_streamer_prints_the_text(model, capsys):
     row = torch.tensor([tokenizer.encode("x = ", add_special_tokens=False)])
     out = model.generate(row, max_new_tokens=20, streamer=TextStreamer(tokenizer, skip_prompt=True))
     assert capsys.readouterr().out == tokenizer.decode(out[0, 4:]) + "\n"
+
+
+def test_stop_strings_of_one_request_end_it_and_no_other(model):
+    tokenizer = byte_tokenizer()
+    row = torch.tensor([tokenizer.encode("def f", add_special_tokens=False)])
+    whole = model.generate(row, max_new_tokens=24, pad_token_id=257)[0, 5:]
+    stop = tokenizer.decode(whole)[9:12]
+    expected = model.generate(row, max_new_tokens=24, pad_token_id=257, stop_strings=[stop], tokenizer=tokenizer)
+    scheduler = Scheduler(model, tokenizer=tokenizer)
+    handles = [scheduler.submit(Request(row[0].tolist(), 24, stop_strings=strings)) for strings in ([stop], [])]
+    stopped, free = (handle.result() for handle in handles)
+    assert stopped.tokens == expected[0, 5:].tolist()
+    assert (stopped.finish_reason, stopped.stopped_by) == ("stop", "criterion")
+    assert (free.tokens, free.finish_reason) == (whole.tolist(), "length")
+    with pytest.raises(DecodingError, match="need the tokenizer"):
+        Scheduler(model).submit(Request([1], 3, stop_strings=[stop]))

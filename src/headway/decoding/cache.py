@@ -98,6 +98,12 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[misc]
             if new is not None:
                 place[:, :, :end] = new[:, :, :end]
 
+    def free(self) -> None:
+        """Let go of keys and values."""
+        if self.is_initialized:
+            del self.keys, self.values, self._storage
+            self.is_initialized = False
+
     def select(self, from_R: Tensor, to_R: Tensor, *, end: int, shrinks: bool) -> None:
         """Keep some rows; see `RaggedCache.select`."""
         if not self.is_initialized:
@@ -252,12 +258,22 @@ class RaggedCache(Cache):  # type: ignore[misc]
         self.allocated, self.allocated_rows = wanted
         for own, new in zip(self.layers, other.layers, strict=True):
             own.absorb(new, before=before, end=other.end, moves=moves)
+            # No more than one layer is held twice at any time.
+            new.free()
         for index in {*self.hidden, *other.hidden}:
             mine_BC, theirs_BC = self._hidden_slots(index, before), other._hidden_slots(index, other.batch)
             self.hidden[index] = torch.cat(
                 [F.pad(hidden_BC, (0, self.capacity - hidden_BC.shape[1])) for hidden_BC in (mine_BC, theirs_BC)]
             )
         self.end = max(self.end, other.end)
+
+    def allocate_rows(self, rows: int) -> None:
+        """Have room for so many rows, the batch's at least."""
+        if max(rows, self.batch) != self.allocated_rows:
+            self.allocated_rows = max(rows, self.batch)
+            for layer in self.layers:
+                if layer.is_initialized:
+                    layer.grow()
 
     def select(self, rows: Sequence[int], *, capacity: int) -> None:
         """Keep some rows, in the order given; slots are given back where less than half of them can still be reached.

@@ -21,32 +21,30 @@ What holds:
 
 from __future__ import annotations
 
-import itertools
-import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from threading import Condition, RLock
+from threading import RLock
 from typing import Any
 
 import torch
 
 from headway.decoding.cache_budget import CacheBudget
+from headway.decoding.calibration.use import with_calibration
 from headway.decoding.changing_batch import ChangingBatch
 from headway.decoding.controller import DraftController
 from headway.decoding.engine import ENGINE, decoding_context, keeps_state
 from headway.decoding.executor import most_repeated_tokens
 from headway.decoding.handles import RequestHandle
-from headway.decoding.options import acceptance_rule, plan_drafts, take_options
+from headway.decoding.options import acceptance_rule, lossy_note, plan_drafts, take_options
 from headway.decoding.prompts import Prompts
 from headway.decoding.refusals import check_positions
+from headway.decoding.request_book import RequestBook
 from headway.decoding.requests import Completion, FinishReason, Request, StoppingCriterion
 from headway.decoding.row_chooser import RowChooser
 from headway.decoding.rows import Row, RowTexts
 from headway.decoding.scheduler_report import Emitted, SchedulerStatistics, StepReport, Window
-from headway.decoding.statistics import acceptance_statistics
 from headway.decoding.stop_texts import stop_strings_criterion
-from headway.errors import DecodingError, QueueFullError
+from headway.errors import DecodingError
 
 KEPT_LENGTHS = 1024
 """Decisions of a controller that are remembered; a scheduler may run for ever."""
@@ -102,6 +100,8 @@ class Scheduler:
             if least < 1:
                 raise DecodingError(f"{name} must be at least 1: got {least}")
         self._model = model
+        self._options, ignored = with_calibration(self._options, model, batch=max_rows)
+        self._notes = {ignored, lossy_note(self._options, do_sample=True) if self._options.lossy else None}
         self._plan = plan_drafts(self._options, model, do_sample=self._options.sample_drafts, batch=max_rows)
         self._extra_slots = (
             len(self._plan.widest)
@@ -115,28 +115,19 @@ class Scheduler:
             max_cache_bytes=max_cache_bytes,
         )
         self._max_rows = max_rows
-        self._max_waiting = max_waiting
         self._tokenizer = tokenizer
         self._clock = clock
         # Held for the length of a step: whoever holds it owns the batches.
         self._stepping = RLock()
-        # Held for moments: queue, handles, cancellations. Never taken for longer than the bookkeeping of one step.
-        self._changed = Condition()
-        self._ids = itertools.count()
-        self._waiting: deque[Row] = deque()
-        self._handles: dict[int, RequestHandle] = {}
-        self._submitted: dict[int, float] = {}
-        self._begun: dict[int, float] = {}
-        self._first: dict[int, float] = {}
-        self._cancelled: set[int] = set()
+        # Its lock is held for moments, never for a forward.
+        self._book = RequestBook(
+            clock, max_waiting=max_waiting, longest_draft=max(model.num_future_tokens - 1, self._plan.depth)
+        )
         self._drivers = 0
-        self._closed = False
         self._reading: ChangingBatch | None = None
         self._batch: ChangingBatch | None = None
         self._controllers: dict[int, DraftController] = {}
         self._window = Window()
-        self._finished = 0
-        self._emitted_tokens = 0
         self._statistics = SchedulerStatistics(cache_tokens_limit=self._budget.tokens)
 
     # ------------------------------------------------------------------------------------------------------- from any thread
@@ -148,21 +139,7 @@ class Scheduler:
             DecodingError: it could never be served; the message has the numbers.
             QueueFullError: `max_waiting` requests are waiting.
         """
-        row = self._row(request)
-        with self._changed:
-            if self._closed:
-                raise DecodingError("the scheduler is closed; make a new one")
-            if len(self._waiting) >= self._max_waiting:
-                raise QueueFullError(
-                    f"{len(self._waiting)} requests are waiting, no more than max_waiting={self._max_waiting} may; try "
-                    f"again later"
-                )
-            row.id = next(self._ids)
-            handle = self._handles[row.id] = RequestHandle(self, self._changed, row.id, request)
-            self._submitted[row.id] = self._clock()
-            self._waiting.append(row)
-            self._changed.notify_all()
-        return handle
+        return self._book.enter(self._row(request), self)
 
     def cancel(self, id: int) -> bool:
         """Give a request up; its tokens so far stay. One that is under way leaves at the next step.
@@ -170,17 +147,7 @@ class Scheduler:
         Returns:
             Whether it had not ended yet.
         """
-        with self._changed:
-            if id not in self._handles:
-                return False
-            waiting = next((row for row in self._waiting if row.id == id), None)
-            if waiting is None:
-                self._cancelled.add(id)
-            else:
-                self._waiting.remove(waiting)
-                self._finish(waiting, "cancelled")
-            self._changed.notify_all()
-            return True
+        return self._book.cancel(id)
 
     @property
     def running(self) -> bool:
@@ -190,8 +157,12 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        with self._changed:
-            return not self._handles
+        return self._book.empty
+
+    @property
+    def note(self) -> str | None:
+        """Why something is not as it was asked for, or that the acceptance rule is lossy; None where nothing is to be said."""
+        return "; ".join(sorted(note for note in self._notes if note)) or None
 
     @property
     def statistics(self) -> SchedulerStatistics:
@@ -200,41 +171,39 @@ class Scheduler:
 
     def close(self) -> None:
         """End `run`, cancel everything that is waiting or under way, and free the cache."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        with self._stepping, self._changed:
+        self._book.close()
+        with self._stepping:
             under_way = [row for batch in (self._reading, self._batch) if batch for row in batch.members]
-            for row in [*under_way, *self._waiting]:
-                if row.id in self._handles:
-                    self._finish(row, "cancelled")
-            self._waiting.clear()
+            for row in [*under_way, *self._book.waiting]:
+                if self._book.has(row):
+                    self._book.finish(row, "cancelled")
+            self._book.waiting.clear()
             self._reading = self._batch = None
-            self._changed.notify_all()
 
     # ----------------------------------------------------------------------------------------------------- whoever steps
 
     def run(self) -> None:
         """Step while there is something to do, wait where there is not, until `close`; for a thread of its own."""
-        with self._changed:
+        book = self._book
+        with book.changed:
             self._drivers += 1
         try:
             while True:
-                with self._changed:
-                    self._changed.wait_for(lambda: self._closed or self._handles)
-                    if self._closed:
+                with book.changed:
+                    book.changed.wait_for(lambda: book.closed or not book.empty)
+                    if book.closed:
                         return
                 self.step()
         finally:
-            with self._changed:
+            with book.changed:
                 self._drivers -= 1
-                self._changed.notify_all()
+                book.changed.notify_all()
 
     def generate(self, requests: Iterable[Request]) -> list[Completion]:
         """Serve requests to their ends, in the order of their submission; the queue may be shorter than they are many."""
         handles: list[RequestHandle] = []
         for request in requests:
-            while len(self._waiting) >= self._max_waiting:
+            while self._book.full:
                 self.step()
             handles.append(self.submit(request))
         return [handle.result() for handle in handles]
@@ -301,8 +270,7 @@ class Scheduler:
         return (*request.stopping_criteria, strings)
 
     def _let_cancelled_go(self, emitted: list[Emitted]) -> None:
-        with self._changed:
-            cancelled, self._cancelled = self._cancelled, set()
+        cancelled = self._book.take_cancelled()
         for batch in (self._reading, self._batch):
             for row in batch.members if batch else ():
                 if row.id in cancelled and not row.cancelled:
@@ -327,23 +295,30 @@ class Scheduler:
         slots = [row.slots for row in self._batch.members] if self._batch else []
         group: list[Row] = []
         chunk = self._options.prefill_chunk_tokens
-        with self._changed:
-            while self._waiting and len(slots) < self._max_rows:
-                row = self._waiting[0]
-                columns = max(len(other.request.prompt) for other in [*group, row])
-                if not self._budget.fits([*slots, row.slots]):
-                    break
-                if group and (chunk is None or columns * (len(group) + 1) > chunk):
-                    break
-                group.append(self._waiting.popleft())
-                slots.append(row.slots)
-                self._begun[row.id] = self._clock()
+
+        def fits(row: Row) -> bool:
+            columns = max(len(other.request.prompt) for other in [*group, row])
+            together = not group or (chunk is not None and columns * (len(group) + 1) <= chunk)
+            return len(slots) < self._max_rows and together and self._budget.fits([*slots, row.slots])
+
+        while (row := self._book.take(fits)) is not None:
+            group.append(row)
+            slots.append(row.slots)
         if group:
             try:
                 with torch.inference_mode():
+                    self._make_room_for(group)
                     self._reading = self._newcomers(group)
             except Exception as error:
                 self._fail(group, error, emitted)
+
+    def _make_room_for(self, group: list[Row]) -> None:
+        """Rows kept for newcomers are given up where the caches that newcomers are read into would not fit beside them."""
+        if self._batch is not None and self._budget.tokens is not None:
+            apart = len(group) * max(row.slots for row in group)
+            rows = (self._budget.tokens - apart) // self._batch.capacity
+            cache = self._batch.executor.cache
+            cache.allocate_rows(min(cache.allocated_rows, rows))
 
     def _newcomers(self, rows: list[Row]) -> ChangingBatch:
         lengths = [len(row.request.prompt) for row in rows]
@@ -355,6 +330,7 @@ class Scheduler:
         most = max(length + row.request.max_new_tokens for row, length in zip(rows, lengths, strict=True))
         plan, options = self._plan, self._options
         executor, note = ENGINE.executor(self._model, prompts, options, plan, most - max(lengths))
+        self._notes.add(note)
         texts = RowTexts(rows)
         controlled = self._controller(len(rows) + len(self._batch.members if self._batch else ()))
         return ChangingBatch(
@@ -368,7 +344,6 @@ class Scheduler:
             num_heads=plan.heads,
             max_new_tokens=most - max(lengths),
             pad_token_id=0,
-            note=note,
             members=rows,
             reads_all_heads=plan.controlled,
         )
@@ -405,7 +380,7 @@ class Scheduler:
                 reading.num_draft_tokens = self._plan.depth
                 self._batch = reading
                 return
-        except Exception as error:
+        except BaseException as error:
             self._reading = None
             self._fail(reading.members, error, emitted)
             return
@@ -419,7 +394,7 @@ class Scheduler:
             allocated = self._budget.rows_to_allocate(rows, capacity, most=self._max_rows)
         try:
             batch.absorb(newcomers, rows=allocated)
-        except Exception as error:
+        except BaseException as error:
             # Nobody can tell how far it got.
             self._batch = None
             self._fail({row.id: row for row in (*batch.members, *newcomers.members)}.values(), error, emitted)
@@ -434,7 +409,7 @@ class Scheduler:
             tokens = batch.step()
             self._tell(batch, tokens, emitted)
             self._let_ended_go()
-        except Exception as error:
+        except BaseException as error:
             self._batch = None
             self._fail(batch.members, error, emitted)
             return 0, 0
@@ -444,73 +419,46 @@ class Scheduler:
 
     def _tell(self, batch: ChangingBatch, tokens: list[list[int]], emitted: list[Emitted]) -> None:
         live = set(batch.live())
-        now = self._clock()
-        with self._changed:
-            for number, (row, new) in enumerate(zip(batch.members, tokens, strict=True)):
-                if row.cancelled:
-                    continue
-                reason: FinishReason | None = None
-                if row.error is not None:
-                    reason = "error"
-                elif number not in live:
-                    reason = "length" if row.stopped_by is None else "stop"
-                if new:
-                    self._first.setdefault(row.id, now)
-                    self._emitted_tokens += len(new)
-                    self._handles[row.id]._put(new)
-                emitted.append(Emitted(row.id, new, reason))
-                if reason is not None:
-                    self._finish(row, reason)
-            self._changed.notify_all()
+        for number, (row, new) in enumerate(zip(batch.members, tokens, strict=True)):
+            if row.cancelled:
+                continue
+            reason: FinishReason | None = None
+            if row.error is not None:
+                reason = "error"
+            elif number not in live:
+                reason = "length" if row.stopped_by is None else "stop"
+            emitted.append(Emitted(row.id, new, reason))
+            if new:
+                self._book.put(row, new)
+            if reason is not None:
+                self._book.finish(row, reason)
 
     def _end(self, row: Row, reason: FinishReason, emitted: list[Emitted]) -> None:
         emitted.append(Emitted(row.id, [], reason))
-        with self._changed:
-            self._finish(row, reason)
-            self._changed.notify_all()
+        self._book.finish(row, reason)
 
-    def _fail(self, rows: Iterable[Row], error: Exception, emitted: list[Emitted]) -> None:
+    def _fail(self, rows: Iterable[Row], error: BaseException, emitted: list[Emitted]) -> None:
+        """End rows whose forward failed; what is no error but an interrupt goes on to the caller."""
+        cause = error if isinstance(error, Exception) else DecodingError(f"interrupted by {type(error).__name__}")
         for row in rows:
-            if row.id in self._handles:
-                row.error = row.error or error
+            if self._book.has(row):
+                row.error = row.error or cause
                 self._end(row, "error", emitted)
-
-    def _finish(self, row: Row, reason: FinishReason) -> None:
-        """Tell the owner; the lock is held."""
-        now, submitted = self._clock(), self._submitted.pop(row.id)
-        begun, first = self._begun.pop(row.id, now), self._first.pop(row.id, math.nan)
-        completion = Completion(
-            id=row.id,
-            tokens=list(row.new),
-            finish_reason=reason,
-            stopped_by=row.stopped_by if reason == "stop" else None,
-            error=row.error if reason == "error" else None,
-            acceptance=acceptance_statistics(
-                [row.forwards[1:]], num_future_tokens=max(self._model.num_future_tokens, self._plan.depth + 1)
-            ),
-            prompt_tokens=len(row.request.prompt),
-            seed=row.seed if row.request.sampled else None,
-            queued_seconds=begun - submitted,
-            first_token_seconds=first - submitted,
-            seconds=now - submitted,
-        )
-        self._handles.pop(row.id)._finish(completion)
-        self._finished += 1
+        if cause is not error:
+            raise error
 
     def _measure(self, seconds: float) -> SchedulerStatistics:
         speed, acceptance = self._window.averages()
         batches = [batch for batch in (self._reading, self._batch) if batch is not None]
         allocated = sum(batch.executor.cache.allocated * batch.executor.cache.allocated_rows for batch in batches)
         before = self._statistics
-        with self._changed:
-            waiting = len(self._waiting)
         return SchedulerStatistics(
             steps=before.steps + 1,
             live_rows=len(self._batch.members) if self._batch else 0,
             reading_rows=len(self._reading.members) if self._reading else 0,
-            waiting=waiting,
-            finished=self._finished,
-            emitted_tokens=self._emitted_tokens,
+            waiting=len(self._book.waiting),
+            finished=self._book.finished,
+            emitted_tokens=self._book.emitted_tokens,
             tokens_per_second=speed,
             mean_acceptance_length=acceptance,
             draft_length=self._batch.draft_length if self._batch else 0,
