@@ -1,6 +1,7 @@
 """`headway race`: the same text twice, identical, with a speed-up that was measured."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,53 @@ def test_the_lane_that_is_behind_goes_next(monkeypatch):
     assert live_race._next_lane(lanes) is lanes[1]
     lanes[1].finished = True
     assert live_race._next_lane(lanes) is lanes[0]
+
+
+@pytest.fixture
+def as_reference(byte_folder: Path, tmp_path: Path, monkeypatch) -> Path:
+    """A random model in the place of the reference model, in a repository of its own."""
+    from headway.experiments.reference import place
+
+    folder = tmp_path / "reference" / "model"
+    shutil.copytree(byte_folder, folder)
+    (folder / "reference.json").write_text(json.dumps({"data": {"held_out_packages": ["logging", "enum"]}}))
+    monkeypatch.setattr(place, "checkout", lambda: tmp_path)
+    return folder
+
+
+def test_without_a_model_the_reference_model_races_on_a_function_it_has_never_seen(headway, as_reference, monkeypatch):
+    monkeypatch.setattr("headway.cli.reference_race.PROMPT_BYTES", 24)
+    status, out, err = headway("race", "--max-new-tokens", "12")
+    assert status == 0
+    assert "the reference model continues logging/__init__.py, which it has never seen" in err
+    assert document(out)["identical"] is True
+    assert (document(out)["prompt_tokens"], document(out)["new_tokens"]) == (24, 12)
+    assert err.splitlines()[-1].startswith("identical: yes, x")
+
+
+def test_the_demo_opens_with_the_race_and_goes_on_where_there_is_none(
+    as_reference, tmp_path: Path, monkeypatch, capsys
+):
+    from headway.cli import reference_race
+    from headway.cli.console import human_console
+
+    monkeypatch.setattr(reference_race, "PROMPT_BYTES", 24)
+    monkeypatch.setattr(reference_race, "NEW_TOKENS", 8)
+    race = reference_race.opening_race(human_console(), threads=1)
+    assert race is not None
+    assert race["identical"] is True
+    (as_reference / "reference.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert reference_race.opening_race(human_console(), threads=1) is None
+    assert capsys.readouterr().err.startswith("the reference model is not here")
+
+
+def test_an_installed_package_says_in_one_line_where_the_reference_model_is(headway, tmp_path: Path, monkeypatch):
+    from headway.experiments.reference import place
+
+    monkeypatch.setattr(place, "checkout", lambda: tmp_path)
+    monkeypatch.chdir(tmp_path)
+    status, out, err = headway("race")
+    assert (status, out) == (2, "")
+    assert "part of headway's repository (reference/model)" in err.splitlines()[-1]

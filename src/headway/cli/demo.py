@@ -28,6 +28,7 @@ def demo_command(
 ) -> None:
     """Train a small byte model here and now, and compare its decoding.
 
+    First the reference model of headway's repository races with itself, plain against self-speculative (not with --quick).
     The text is the standard library of the running Python, whole packages held out. A model with four future tokens is
     trained on it, then continues held-out text plainly and self-speculatively, side by side. Tables follow, and an HTML
     report with curves and the coloured text. The last line of stdout is one JSON document with every figure.
@@ -35,6 +36,7 @@ def demo_command(
     A folder that no demo wrote is never touched. Exit status 1 if the two texts differ.
     """
     began = time.perf_counter()
+    from headway.cli.reference_race import opening_race
     from headway.experiments.demo.options import DemoOptions
     from headway.experiments.demo.run import run_demo
     from headway.training.interruption import TrainingInterruptedError
@@ -43,12 +45,13 @@ def demo_command(
     quiet_libraries()
     options = DemoOptions(output=output, overwrite=overwrite, steps=steps, quick=quick, seed=seed, threads=threads)
     console = human_console()
+    race = None if quick else opening_race(console, threads=threads)
     try:
         demo = run_demo(options, console=console, on_event=TrainingProgress(console), began=began)
     except TrainingInterruptedError as error:
         note("interrupted; the next demo starts afresh")
         raise click.Abort from error
     note(f"\nreport: {demo.report}")
-    emit_json(demo.result.to_json() | {"report": str(demo.report)})
-    if not demo.result.identical:
+    emit_json(demo.result.to_json() | {"report": str(demo.report), "reference_race": race})
+    if not demo.result.identical or (race is not None and not race["identical"]):
         raise click.exceptions.Exit(1)

@@ -55,6 +55,9 @@ class Sampling:
         return arguments | {name: value for name, value in optional.items() if value is not None}
 
 
+GREEDY = Sampling(temperature=None, top_p=None, seed=None)
+
+
 @click.command("generate")
 @click.argument("model")
 @click.argument("prompt", required=False)

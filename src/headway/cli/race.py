@@ -8,15 +8,14 @@ import click
 
 from headway.cli.console import DTYPES, emit_json
 from headway.cli.drafting import EXECUTOR_FLAG, drafting_arguments
-from headway.cli.generate import EXIT_DIFFERENT, Sampling, open_session
+from headway.cli.generate import EXIT_DIFFERENT, GREEDY, open_session
 from headway.cli.prompt import read_prompt
+from headway.cli.reference_race import EXECUTOR, reference_start
 from headway.errors import ConfigError, DecodingError
-
-GREEDY = Sampling(temperature=None, top_p=None, seed=None)
 
 
 @click.command("race")
-@click.argument("model")
+@click.argument("model", required=False)
 @click.argument("prompt", required=False, metavar="FILE|PROMPT")
 @click.option("--max-new-tokens", type=click.IntRange(min=2), help="Length of the race. Default: 256.")
 @click.option(
@@ -31,7 +30,7 @@ GREEDY = Sampling(temperature=None, top_p=None, seed=None)
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of the weights. Default: as saved.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: torch's own choice.")
 def race_command(
-    model: str,
+    model: str | None,
     prompt: str | None,
     max_new_tokens: int | None,
     num_draft_tokens: int | None,
@@ -43,15 +42,21 @@ def race_command(
     """Watch plain and self-speculative decoding type the same text.
 
     MODEL is a headway folder. FILE|PROMPT is a file to continue where one of that name exists, else the text itself;
-    without it the prompt is read from stdin. The two generations take turns on this machine, each on its own clock, the
-    one that is behind next, so that both panes keep the pace at which they would run alone. Colours (bars where there
-    are none) show which forward pass gave what.
+    without it the prompt is read from stdin. Without a MODEL the reference model of headway's repository continues a
+    library function that it has never seen, on the lean executor.
+
+    The two generations take turns on this machine, each on its own clock, the one that is behind next, so that both panes
+    keep the pace at which they would run alone. Colours (bars where there are none) show which forward pass gave what.
 
     It ends with "identical: yes, x1.N": the speed-up is the median of further rounds of both in turns, in which nothing
     is drawn. The last line of stdout is one JSON document; the status is 1 where a token differs.
     """
-    file = None if prompt is None or not _is_file(prompt) else Path(prompt)
-    data = read_prompt(None if file is not None else prompt, file)
+    if model is None:
+        folder, data = reference_start()
+        model, executor = str(folder), executor or EXECUTOR
+    else:
+        file = None if prompt is None or not _is_file(prompt) else Path(prompt)
+        data = read_prompt(None if file is not None else prompt, file)
     session = open_session(
         model,
         data,

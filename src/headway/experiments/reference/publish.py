@@ -56,7 +56,8 @@ def publish(run: Path, target: Path, *, recipe: str, checkpoint: bool = False) -
     aside = target / f".{MODEL_FOLDER}.writing"
     shutil.rmtree(aside, ignore_errors=True)
     loaded = MultiTokenLM.from_pretrained(source, dtype=torch.float32)
-    rounding = max(float((p - p.to(torch.bfloat16).float()).abs().max()) for p in loaded.parameters())
+    whole = [parameter.detach() for parameter in loaded.parameters()]
+    rounding = max(float((weight - weight.to(torch.bfloat16).float()).abs().max()) for weight in whole)
     model = loaded.to(torch.bfloat16)
     model.save_pretrained(aside)
     load_tokenizer(source).save_pretrained(aside)
@@ -175,21 +176,23 @@ def _training(run: Path, options: Mapping[str, Any], state: Mapping[str, Any]) -
     }
 
 
-def _copy_records(run: Path, folder: Path, options: Mapping[str, Any]) -> None:
+def _copy_records(run: Path, folder: Path, options: dict[str, Any]) -> None:
     """The run's own records without the folders of the machine that it ran on."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in (METRICS, EVALUATIONS, MARKER):
         shutil.copyfile(run / name, folder / name)
-    (folder / CONFIG).write_text(yaml.safe_dump(_shareable(dict(options)), sort_keys=False), encoding="utf-8")
+    (folder / CONFIG).write_text(yaml.safe_dump(_shareable(options), sort_keys=False), encoding="utf-8")
     if (run / RESULT).is_file():
         _write_json(folder / RESULT, _shareable(json.loads((run / RESULT).read_text(encoding="utf-8"))))
 
 
-def _shareable(values: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: PurePath(value).name if isinstance(value, str) and PurePath(value).is_absolute() else value
-        for name, value in values.items()
-    }
+def _shareable(value: Any) -> Any:
+    """A record in which folders of a machine are their last names."""
+    if isinstance(value, dict):
+        return {name: _shareable(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_shareable(item) for item in value]
+    return PurePath(value).name if isinstance(value, str) and PurePath(value).is_absolute() else value
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
