@@ -13,6 +13,8 @@ from decoding_cases import new_tokens, ragged_batch
 from head_cases import head_model
 from headway.decoding.cache import RaggedCache
 from headway.decoding.lean import native, pages
+from headway.decoding.lean.executor import LeanExecutor
+from headway.decoding.lean.integers import Quantizer
 from headway.decoding.lean.layer import LeanLayer
 from headway.decoding.lean.linear import FusedLinear
 from headway.decoding.lean.markov import LeanMarkov
@@ -20,10 +22,12 @@ from headway.decoding.lean.model import LeanModel
 from headway.decoding.lean.pages import move_to_huge_pages
 from headway.decoding.lean.passes import LeanPass
 from headway.decoding.masks import additive_mask
+from headway.decoding.prompts import align_prompts
+from headway.errors import DecodingError
 from headway.functional.rotary import signed_sine
 from headway.model.attach import attach_heads
 from headway.model.config import MultiTokenConfig
-from tiny_models import random_tokens, tiny_base, tiny_model
+from tiny_models import VOCABULARY, random_tokens, tiny_base, tiny_model
 
 LEVELS = {"x86-64-v3": "avx2", "x86-64-v4": "avx512f", "native": "avx2"}
 """Architecture as the compiler calls it -> a flag that the processor has to have."""
@@ -188,6 +192,55 @@ def test_a_row_of_a_product_is_the_same_bits_whatever_stands_beside_it(
     assert all(torch.equal(fused(x[:rows]), alone[:rows]) for rows in range(1, 21))
     with torch.inference_mode():
         torch.testing.assert_close(alone, torch.nn.functional.linear(x, linear.weight, linear.bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("inputs", [64, 70, 4500])
+def test_int8_products_are_those_of_the_rounded_weights_and_rows_do_not_matter(
+    dtype: torch.dtype, inputs: int, instructions: str
+):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(inputs, 70).to(dtype)
+    rounded = Quantizer()(linear)
+    fused = FusedLinear([linear], way="int8")
+    x = torch.randn(9, inputs, dtype=dtype)
+    with torch.inference_mode():
+        exact = torch.nn.functional.linear(x.double(), rounded.dequantized(torch.float64), linear.bias.double())
+        found = fused(x)
+        tolerance = {"atol": 2e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 1e-2, "rtol": 1e-2}
+        torch.testing.assert_close(found.double(), exact, **tolerance)
+        assert all(torch.equal(fused(row[None])[0], found[place]) for place, row in enumerate(x))
+        # Half a step of the scale is the most that a weight is moved.
+        moved = (rounded.dequantized(torch.float32) - linear.weight.float()).abs()
+        assert bool((moved <= 0.51 * rounded.scales_O[:, None]).all())
+
+
+def test_a_model_in_int8_is_near_to_its_own_and_its_text_with_drafts_is_the_text_without(instructions: str):
+    model = head_model("linear-tap-markov")
+    ids = random_tokens(1, 9)
+    with torch.inference_mode():
+        own, rounded = (steps_of(LeanModel(model, way=way), ids) for way in ("kernel", "int8"))
+    assert 0 < float((own - rounded).abs().max()) < 0.1 * float(own.abs().max())
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 40, "executor": "lean", "weights": "int8"}
+    options["return_dict_in_generate"] = True
+    drafted, plain = (model.generate(ids, num_draft_tokens=count, **options) for count in (3, 0))
+    assert torch.equal(drafted.sequences, plain.sequences)
+    assert "int8" in drafted.note
+    assert not drafted.lossless
+
+
+def steps_of(lean: LeanModel, ids: torch.Tensor) -> torch.Tensor:
+    """Logits after a prompt and a block."""
+    prompts = align_prompts(ids, None, vocabulary=VOCABULARY)
+    run = LeanExecutor(lean, prompts, max_new_tokens=8, num_draft_tokens=3)
+    first = run.logits(run.prefill(num_offsets=1).last_hidden_BTD)
+    second = run.logits(run.block(random_tokens(1, 4), [ids.shape[1]], num_offsets=1).last_hidden_BTD)
+    return torch.cat((first, second), dim=1)
+
+
+def test_int8_weights_are_refused_without_the_lean_executor():
+    with pytest.raises(DecodingError, match="weights='int8' needs executor='lean'"):
+        head_model("linear-tap-markov").generate(random_tokens(1, 4), max_new_tokens=2, weights="int8")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

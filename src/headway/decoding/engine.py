@@ -62,7 +62,7 @@ from headway.decoding.graphs.served import graph_executor
 from headway.decoding.history import History, PrefixGate
 from headway.decoding.lean.admission import lean_model
 from headway.decoding.lean.executor import LeanExecutor
-from headway.decoding.lean.model import LeanModel
+from headway.decoding.lean.model import INT8_NOTE, LeanModel
 from headway.decoding.loop import DecodingLoop
 from headway.decoding.options import (
     PLAIN,
@@ -353,14 +353,14 @@ class Engine:
             streamer=streamer,
             note="; ".join(filter(None, (note, ignored, lossy, eager_note))) or None,
             acceptance_rule=request.options.acceptance,
-            lossless=lossy is None,
+            lossless=lossy is None and request.options.weights == "own",
             recorder=recorder,
             controller=self._controller(model, executor, plan, prompts) if plan.controlled else None,
         )
 
     def _controller(self, model: Any, executor: EagerExecutor, plan: DraftPlan, prompts: Prompts) -> DraftController:
         """One that knows what earlier generations of the same model and batch measured."""
-        kind = (type(executor), prompts.batch, plan.tree, plan.sampled, torch.get_num_threads())
+        kind = (type(executor), getattr(executor, "way", None), prompts.batch, plan.tree, plan.sampled, torch.get_num_threads())
         times = self._step_times.setdefault(model, {}).setdefault(kind, {})
         return DraftController(plan.depth, times=times)
 
@@ -392,7 +392,7 @@ class Engine:
             return SlicedDrafts(run, model, check_draft_vocabulary(options.draft_vocabulary, vocabulary=vocabulary))
 
         if options.executor == "lean":
-            lean = lean_model(model)
+            lean = lean_model(model, weights=options.weights)
             if isinstance(lean, LeanModel):
                 return LeanExecutor(
                     drafting(lean),
@@ -402,7 +402,9 @@ class Engine:
                     tree=plan.widest,
                     changing=plan.controlled,
                     prefill_chunk_tokens=options.prefill_chunk_tokens,
-                ), None
+                ), INT8_NOTE if options.weights == "int8" else None
+            if options.weights == "int8":
+                raise DecodingError(f"weights='int8' cannot be had: {lean}; leave weights out")
             logger.warning("no lean executor, the model runs eagerly: %s", lean)
         executor = EagerExecutor(
             drafting(model),

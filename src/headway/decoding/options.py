@@ -30,6 +30,7 @@ from headway.functional.tree import Tree, default_tree
 AcceptanceName = Literal["exact", "tokenwise", "typical", "top_k", "distance"]
 DraftsName = Literal["heads", "lookup", "heads+lookup"]
 ExecutorName = Literal["eager", "lean", "graph"]
+WeightsName = Literal["own", "int8"]
 
 DYNAMIC_NODES = 15
 """Drafted tokens of a dynamic tree: with the last known token a block of 16 positions, which costs little more than one of 8."""
@@ -82,6 +83,9 @@ class DecodingOptions:
             A model that has no lean form runs eagerly, and the result's note says why. "graph", on CUDA: lean blocks, with
             acceptance and the next draft on the device, and every step replayed as a CUDA graph
             (`headway.decoding.graphs`); what it does not serve, trees for example, it refuses.
+        weights: what the lean executor multiplies by: "own", the model's; "int8", the model's rounded to eight bits with one
+            scale per output. ANOTHER MODEL, whose text differs from the checkpoint's: `lossless` is then False and the
+            result's note says so. Nothing chooses it by itself. Drafts do not change the rounded model's own text.
         prefill_chunk_tokens: the most tokens of a prompt that one forward reads: longer prompts are read in pieces, which
             keeps memory from growing with the square of their length; the text is the same. None reads any prompt in one
             forward, as do models whose rotary frequencies depend on the length ("dynamic", "longrope").
@@ -103,12 +107,18 @@ class DecodingOptions:
     lookup_ngram: int = 3
     seed: int | Sequence[int] | None = None
     executor: ExecutorName = "eager"
+    weights: WeightsName = "own"
     prefill_chunk_tokens: int | None = DEFAULT_CHUNK_TOKENS
 
     def __post_init__(self) -> None:
         _check_choice("drafts", self.drafts, get_args(DraftsName))
         _check_choice("acceptance", self.acceptance, get_args(AcceptanceName))
         _check_choice("executor", self.executor, get_args(ExecutorName))
+        _check_choice("weights", self.weights, get_args(WeightsName))
+        if self.weights != "own" and self.executor != "lean":
+            raise DecodingError(
+                f"weights={self.weights!r} needs executor='lean': got executor={self.executor!r}; pass executor='lean' with it"
+            )
         for name in ("acceptance_top_k", "num_lookup_tokens", "lookup_ngram"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise DecodingError(f"{name} must be a whole number of at least 1: got {getattr(self, name)!r}")

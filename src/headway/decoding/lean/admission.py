@@ -8,12 +8,13 @@ from __future__ import annotations
 import copy
 import logging
 import weakref
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from headway.decoding.cache import RaggedCache
+from headway.decoding.lean.few_rows import kernel_for
 from headway.decoding.lean.layer import LeanLayer
 from headway.decoding.lean.model import LeanModel
 from headway.decoding.lean.passes import LeanPass
@@ -27,23 +28,29 @@ ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
 TOLERANCE = 1e-5
 """Largest difference of a float32 layer output or logit, relative to the largest value."""
 
+WeightsName = Literal["own", "int8"]
+
 logger = logging.getLogger(__name__)
-_READY: weakref.WeakKeyDictionary[Any, LeanModel | str] = weakref.WeakKeyDictionary()
+_READY: weakref.WeakKeyDictionary[Any, dict[WeightsName, LeanModel | str]] = weakref.WeakKeyDictionary()
 
 
-def lean_model(model: Any) -> LeanModel | str:
+def lean_model(model: Any, *, weights: WeightsName = "own") -> LeanModel | str:
     """The lean counterpart of a model, made at the first call and again when its weights have changed.
 
     Args:
         model: a `MultiTokenLM`.
+        weights: "own", or "int8", rounded: another model (`headway.decoding.lean.integers`).
 
     Returns:
         The counterpart; or, in a sentence, why there is none.
     """
-    ready = _READY.get(model)
+    kept = _READY.setdefault(model, {})
+    ready = kept.get(weights)
     if isinstance(ready, LeanModel) and ready.up_to_date:
         return ready
     reason = why_not_lean(model)
+    if reason is None and weights == "int8" and kernel_for(model.family.lm_head.weight) is None:
+        reason = "products of int8 weights need the C++ kernel: a compiler, a CPU, and a float32 or bfloat16 model"
     if reason is None:
         was_training = model.training
         model.eval()
@@ -51,7 +58,7 @@ def lean_model(model: Any) -> LeanModel | str:
             with torch.inference_mode():
                 gap = largest_gap(model)
                 if gap <= TOLERANCE:
-                    _READY[model] = made = LeanModel(model)
+                    kept[weights] = made = LeanModel(model, way="int8" if weights == "int8" else None)
                     return made
         finally:
             model.train(was_training)
@@ -59,7 +66,7 @@ def lean_model(model: Any) -> LeanModel | str:
             f"in float32 its layers differ from the family's own by {gap:.3g} (limit {TOLERANCE:g}): this checkpoint does "
             f"something that the lean block does not"
         )
-    _READY[model] = reason
+    kept[weights] = reason
     return reason
 
 

@@ -29,6 +29,9 @@ class LeanExecutor(EagerExecutor):
 
     Where all offsets share the unembedding and rows are cheap, one product gives the logits of every offset at every
     position, although only those at the last accepted position will be needed: the weights are then read once, not twice.
+
+    Attributes:
+        way: how products are made (`headway.decoding.lean.linear`).
     """
 
     def __init__(self, model: LeanModel | SlicedDrafts, *args: Any, **kwargs: Any) -> None:
@@ -38,8 +41,9 @@ class LeanExecutor(EagerExecutor):
         # One product over all offsets would read the rows that a draft vocabulary leaves out.
         whole = not isinstance(model, SlicedDrafts)
         self._at_once = heads.unembeddings is None and not heads.autoregressive and whole
-        cheap = has_tiles() and model.get_input_embeddings().weight.dtype == torch.bfloat16
-        self._most_at_once = MOST_ROWS_AT_ONCE if cheap or model.way != "kernel" else MOST_PAID_ROWS_AT_ONCE
+        self.way = model.way
+        cheap = has_tiles() and model.way == "kernel" and model.get_input_embeddings().weight.dtype == torch.bfloat16
+        self._most_at_once = MOST_ROWS_AT_ONCE if cheap or model.way in ("packed", "plain") else MOST_PAID_ROWS_AT_ONCE
         self._ahead: tuple[OffsetHiddenStates, Tensor] | None = None
 
     def _run(self, ids: Tensor, mask: Any, position_ids: Tensor, num_offsets: int) -> OffsetHiddenStates:

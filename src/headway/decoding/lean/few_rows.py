@@ -9,42 +9,68 @@ what stands beside it, bit for bit. Beyond `MOST_ROWS` rows, and where there is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ctypes
 
 import torch
 from torch import Tensor
 
+from headway.decoding.lean.integers import IntegerWeight
 from headway.decoding.lean.native import library
 
 MOST_ROWS = 32
 
-Kernel = Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
-"""(x [R, D], weight [O, D], bias [O] or None, output [R, O] with any row stride) -> None."""
+
+class MatrixFields(ctypes.Structure):
+    """`Matrix` of kernel/products.hpp: addresses, so whoever makes one keeps the tensors."""
+
+    _fields_ = [
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("outputs", ctypes.c_int64),
+        ("scales", ctypes.c_void_p),
+        ("sums", ctypes.c_void_p),
+    ]
+
+    @classmethod
+    def of(cls, weight: Tensor | IntegerWeight, bias_O: Tensor | None) -> MatrixFields:
+        """The fields of a matrix [O, D] and its bias."""
+        bias = None if bias_O is None else bias_O.data_ptr()
+        if isinstance(weight, IntegerWeight):
+            addresses = weight.scales_O.data_ptr(), weight.sums_O.data_ptr()
+            return cls(weight.values_OP.data_ptr(), bias, weight.values_OP.shape[0], *addresses)
+        return cls(weight.data_ptr(), bias, weight.shape[0], None, None)
 
 
-def kernel_for(weight: Tensor) -> Kernel | None:
-    """The kernel for products with such a matrix; None where there is none (no compiler, another device or dtype)."""
-    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
-        return None
-    found = library()
-    if found is None:
-        return None
-    function = found.headway_linear_float32 if weight.dtype == torch.float32 else found.headway_linear_bfloat16
+class FewRows:
+    """Products with one matrix: (x [R, D], output [R, O] with any row stride) -> None."""
 
-    def run(x_RD: Tensor, weight_OD: Tensor, bias_O: Tensor | None, out_RO: Tensor) -> None:
-        function(
-            x_RD.data_ptr(),
-            x_RD.shape[0],
-            x_RD.shape[1],
-            weight_OD.data_ptr(),
-            weight_OD.shape[0],
-            None if bias_O is None else bias_O.data_ptr(),
-            out_RO.data_ptr(),
-            out_RO.stride(0),
-            torch.get_num_threads(),
+    def __init__(self, weight: Tensor | IntegerWeight, bias_O: Tensor | None, dtype: torch.dtype) -> None:
+        """Point at a matrix.
+
+        Args:
+            weight: contiguous [O, D].
+            bias_O: or None.
+            dtype: of input and output, for which there is a kernel.
+        """
+        found = library()
+        assert found is not None
+        self._kept = weight, bias_O
+        self._matrix = MatrixFields.of(weight, bias_O)
+        self._address = ctypes.addressof(self._matrix)
+        self._function = found.headway_linear_float32 if dtype == torch.float32 else found.headway_linear_bfloat16
+
+    def __call__(self, x_RD: Tensor, out_RO: Tensor) -> None:
+        """Write the product."""
+        rows, inputs = x_RD.shape
+        self._function(
+            x_RD.data_ptr(), rows, inputs, self._address, out_RO.data_ptr(), out_RO.stride(0), torch.get_num_threads()
         )
 
-    return run
+
+def kernel_for(weight: Tensor) -> type[FewRows] | None:
+    """The products with such a matrix; None where there are none (no compiler, another device or dtype)."""
+    known = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
+    return FewRows if known and library() is not None else None
 
 
 def read_once(numbers: Tensor, *, threads: int) -> bool:

@@ -11,12 +11,14 @@ part of d, S visible slots.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from headway.decoding.lean.integers import Quantizer
 from headway.decoding.lean.linear import FusedLinear, Way, fastest_way
 from headway.decoding.lean.passes import LeanPass
 from headway.decoding.lean.stack import LayerStack, layer_weights, serves
@@ -57,13 +59,16 @@ class LeanLayer:
         weights: what the C++ kernel reads of the layer; None where it does not serve it.
     """
 
-    def __init__(self, layer: Any, *, window: int | None, way: Way | None = None) -> None:
+    def __init__(
+        self, layer: Any, *, window: int | None, way: Way | None = None, quantizer: Quantizer | None = None
+    ) -> None:
         """Read a layer of an admitted family (`headway.decoding.lean.admission`).
 
         Args:
             layer: the family's module; its weights are not changed.
             window: tokens that a position sees, itself included; None for all.
             way: how products are made; None for the fastest.
+            quantizer: for "int8".
         """
         attention, mlp = layer.self_attn, layer.mlp
         config = attention.config
@@ -78,8 +83,11 @@ class LeanLayer:
             [attention.qkv_proj] if hasattr(attention, "qkv_proj") else _three(attention, "q_proj", "k_proj", "v_proj")
         )
         gate_up = [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
-        self._qkv, self._out = FusedLinear(qkv, way=way), FusedLinear([attention.o_proj], way=way)
-        self._gate_up, self._down = FusedLinear(gate_up, way=way), FusedLinear([mlp.down_proj], way=way)
+        if way == "int8" and quantizer is None:
+            quantizer = Quantizer()
+        fused = partial(FusedLinear, way=way, quantizer=quantizer)
+        self._qkv, self._out = fused(qkv), fused([attention.o_proj])
+        self._gate_up, self._down = fused(gate_up), fused([mlp.down_proj])
         self.num_bytes = sum(map(_bytes, (self._qkv, self._out, self._gate_up, self._down)))
         self._act: Callable[[Tensor], Tensor] = getattr(mlp, "act_fn", None) or mlp.activation_fn
         self._post_norm = not hasattr(layer, "input_layernorm")
@@ -89,7 +97,7 @@ class LeanLayer:
         else:
             self._attention_norm = RMSNorm(layer.input_layernorm)
             self._mlp_norm = RMSNorm(layer.post_attention_layernorm)
-        self.weights = layer_weights(layer, window=window) if way == "kernel" else None
+        self.weights = layer_weights(layer, window=window, quantizer=quantizer) if way in ("kernel", "int8") else None
         self._stack = None if self.weights is None else LayerStack([self.weights])
         self._full_norms: tuple[RMSNorm, RMSNorm] | None = None
         self._head_norm: RMSNorm | None = None

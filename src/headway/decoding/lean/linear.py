@@ -4,11 +4,12 @@ Legend: R rows of the input, D inputs, O outputs.
 
 A step of decoding multiplies few rows by all weights of a model, so its time is the time of reading them. On a CPU the plain
 float32 product loses half of the memory's bandwidth from four rows on and the plain bfloat16 one loses it always
-(`docs/decisions/0012-lean-executor.md` has the figures). Three ways, chosen by `way`:
+(`docs/decisions/0012-lean-executor.md` has the figures). Ways:
 
 - "kernel": up to 16 rows by our C++ kernel on the weights as they lie (`few_rows`), more by the plain product;
 - "packed": oneDNN's packed layout, a second copy of the weights; float32 up to three rows by the plain product;
-- "plain": the plain product on the matrices, put together where there are several.
+- "plain": the plain product on the matrices, put together where there are several;
+- "int8": by the kernel on weights rounded to int8 (`integers`): another model, which nobody gets who does not ask for it.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headway.decoding.lean.few_rows import MOST_ROWS, kernel_for
+from headway.decoding.lean.few_rows import MOST_ROWS, FewRows, kernel_for
+from headway.decoding.lean.integers import Quantizer
 
-Way = Literal["kernel", "packed", "plain"]
+Way = Literal["kernel", "packed", "plain", "int8"]
 
 _PACKING_ROWS = 16
 """oneDNN chooses the layout for so many rows; results of 2 to 16 rows are then equal bit for bit up to K of about 1024."""
@@ -39,12 +41,13 @@ class FusedLinear:
         num_bytes: of the copies of weights made here.
     """
 
-    def __init__(self, linears: Sequence[nn.Linear], *, way: Way) -> None:
+    def __init__(self, linears: Sequence[nn.Linear], *, way: Way, quantizer: Quantizer | None = None) -> None:
         """Fuse maps of the same input.
 
         Args:
             linears: in the order of their outputs.
             way: see `fastest_way`.
+            quantizer: for "int8", to round each map once; None for a new one.
 
         Raises:
             ValueError: a way that does not exist for these matrices.
@@ -52,8 +55,7 @@ class FusedLinear:
         self.way = way
         self._parts = [(linear.weight.detach(), _detached(linear.bias)) for linear in linears]
         first_OD = self._parts[0][0]
-        self._kernel = kernel_for(first_OD) if way == "kernel" else None
-        if (way == "kernel" and self._kernel is None) or (way == "packed" and not can_pack(first_OD)):
+        if (way in ("kernel", "int8") and kernel_for(first_OD) is None) or (way == "packed" and not can_pack(first_OD)):
             raise ValueError(f"no {way!r} products of {first_OD.dtype} on {first_OD.device}")
         self._outputs = sum(weight_OD.shape[0] for weight_OD, _ in self._parts)
         self._weight: Tensor | None = None
@@ -61,6 +63,14 @@ class FusedLinear:
         self.num_bytes = 0
         if way == "kernel":
             self._parts = [(weight_OD.contiguous(), bias_O) for weight_OD, bias_O in self._parts]
+            self._few = [FewRows(weight_OD, bias_O, first_OD.dtype) for weight_OD, bias_O in self._parts]
+            return
+        if way == "int8":
+            quantizer = Quantizer() if quantizer is None else quantizer
+            self._rounded = [quantizer(linear) for linear in linears]
+            pairs = zip(self._rounded, self._parts, strict=True)
+            self._few = [FewRows(rounded, bias_O, first_OD.dtype) for rounded, (_, bias_O) in pairs]
+            self.num_bytes = sum(rounded.num_bytes for rounded in self._rounded)
             return
         biases = [bias_O for _, bias_O in self._parts if bias_O is not None]
         self._bias_O = torch.cat(biases) if biases else None
@@ -76,7 +86,7 @@ class FusedLinear:
     def __call__(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., O]."""
         rows = x.numel() // x.shape[-1]
-        if self.way == "kernel":
+        if self.way in ("kernel", "int8"):
             return self._by_kernel(x) if rows <= MOST_ROWS else self._one_by_one(x)
         if self.way == "plain":
             assert self._weight is not None
@@ -87,18 +97,21 @@ class FusedLinear:
         return product
 
     def _one_by_one(self, x: Tensor) -> Tensor:
+        if self.way == "int8":
+            weights = (rounded.dequantized(x.dtype) for rounded in self._rounded)
+            products = [F.linear(x, weight, bias) for weight, (_, bias) in zip(weights, self._parts, strict=True)]
+            return torch.cat(products, dim=-1)
         if len(self._parts) == 1:
             return F.linear(x, *self._parts[0])
         return torch.cat([F.linear(x, weight_OD, bias_O) for weight_OD, bias_O in self._parts], dim=-1)
 
     def _by_kernel(self, x: Tensor) -> Tensor:
-        assert self._kernel is not None
         x_RD = x.reshape(-1, x.shape[-1]).contiguous()
         out_RO = x.new_empty(x_RD.shape[0], self._outputs)
         begin = 0
-        for weight_OD, bias_O in self._parts:
+        for (weight_OD, _), product in zip(self._parts, self._few, strict=True):
             end = begin + weight_OD.shape[0]
-            self._kernel(x_RD, weight_OD, bias_O, out_RO[:, begin:end])
+            product(x_RD, out_RO[:, begin:end])
             begin = end
         return out_RO.view(*x.shape[:-1], self._outputs)
 

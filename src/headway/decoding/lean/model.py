@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from headway.decoding.cache import attention_windows
+from headway.decoding.lean.integers import Quantizer
 from headway.decoding.lean.layer import LeanLayer, RMSNorm
 from headway.decoding.lean.linear import FusedLinear, Way, fastest_way
 from headway.decoding.lean.markov import LeanMarkov
@@ -28,6 +30,8 @@ from headway.functional.rotary import signed_sine
 from headway.heads.base import HeadInputs, LayerCall, Reading
 from headway.heads.linear import LinearHeads
 from headway.model.output import OffsetHiddenStates
+
+INT8_NOTE = "weights rounded to int8, one scale per output: another model than the checkpoint"
 
 
 @dataclass(frozen=True)
@@ -86,10 +90,13 @@ class LeanModel:
         self.versions = weight_versions(model)
         base_layers, head_layers = list(model.family.layers), list(model.heads.decoder_layers)
         windows = attention_windows(model.config, num_heads=0)
+        quantizer = Quantizer() if self.way == "int8" else None
+        fused = partial(FusedLinear, way=self.way, quantizer=quantizer)
         self._base = [
-            LeanLayer(layer, window=window, way=self.way) for layer, window in zip(base_layers, windows, strict=True)
+            LeanLayer(layer, window=window, way=self.way, quantizer=quantizer)
+            for layer, window in zip(base_layers, windows, strict=True)
         ]
-        heads = [LeanLayer(layer, window=windows[-1], way=self.way) for layer in head_layers]
+        heads = [LeanLayer(layer, window=windows[-1], way=self.way, quantizer=quantizer) for layer in head_layers]
         self._lean = dict(zip(map(id, [*base_layers, *head_layers]), [*self._base, *heads], strict=True))
         self._windows = set(windows)
         self._norm = RMSNorm(model.family.norm)
@@ -97,13 +104,14 @@ class LeanModel:
         whole = len(weights) == len(self._base) and weights[0].eps == self._norm.eps
         self._stack = LayerStack(weights, final_norm=self._norm) if whole else None
         unembedding = model.family.lm_head
-        self._unembedding = FusedLinear([unembedding], way=self.way)
-        linear = self.way == "kernel" and isinstance(model.heads, LinearHeads)
-        self._linear_heads = [FusedLinear([body], way=self.way) for body in model.heads] if linear else None
+        self._unembedding = fused([unembedding])
+        by_kernel = self.way in ("kernel", "int8")
+        linear = by_kernel and isinstance(model.heads, LinearHeads)
+        self._linear_heads = [fused([body]) for body in model.heads] if linear else None
         markov = model.heads.markov
-        self.markov = LeanMarkov(markov) if self.way == "kernel" and markov is not None else None
+        self.markov = LeanMarkov(markov) if by_kernel and markov is not None else None
         own = [model.heads.unembedding(offset) for offset in range(2, model.num_future_tokens + 1)]
-        self._own = [None if linear is None else FusedLinear([linear], way=self.way) for linear in own]
+        self._own = [None if linear is None else fused([linear]) for linear in own]
         self.num_bytes = (
             sum(layer.num_bytes for layer in self._lean.values())
             + self._unembedding.num_bytes
@@ -119,11 +127,14 @@ class LeanModel:
     @property
     def description(self) -> str:
         """How steps are made, in words."""
-        if self.way != "kernel":
+        if self.way not in ("kernel", "int8"):
             return f"{self.way} products"
         layers = list(self._lean.values())
         whole = sum(layer.weights is not None for layer in layers)
         pages = f"{self.huge_page_bytes / 2**20:.0f} MiB of weights" if self.huge_page_bytes else "no weights"
+        if self.way == "int8":
+            pages = f"{INT8_NOTE}; {self.num_bytes / 2**20:.0f} MiB of copies"
+            return f"C++ kernel, {instructions()}; {whole} of {len(layers)} layers as one call; {pages}"
         return f"C++ kernel, {instructions()}; {whole} of {len(layers)} layers as one call; {pages} in huge pages"
 
     @property

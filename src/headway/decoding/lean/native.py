@@ -42,7 +42,7 @@ def library() -> ctypes.CDLL | None:
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     for function in (found.headway_linear_float32, found.headway_linear_bfloat16):
-        function.argtypes = [pointer, number, number, pointer, number, pointer, pointer, number, ctypes.c_int]
+        function.argtypes = [pointer, number, number, pointer, pointer, number, ctypes.c_int]
         function.restype = None
     for function in (found.headway_layers_float32, found.headway_layers_bfloat16):
         function.argtypes = [pointer, pointer, number]

@@ -9,6 +9,7 @@ rows, norms after the sublayers (olmo2), norms over all heads together, and acti
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
+from headway.decoding.lean.few_rows import MatrixFields
+from headway.decoding.lean.integers import IntegerWeight, Quantizer
 from headway.decoding.lean.native import library
 from headway.decoding.lean.passes import LeanPass
 
@@ -24,13 +27,9 @@ MOST_ROWS = 32
 """B x M up to which the kernel runs the layers; beyond it, large matrix products pay."""
 
 
-class _Matrix(ctypes.Structure):
-    _fields_ = [("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("outputs", ctypes.c_int64)]
-
-
 class _Layer(ctypes.Structure):
     _fields_ = [
-        *((name, _Matrix) for name in ("q", "k", "v", "out", "gate", "up", "down")),
+        *((name, MatrixFields) for name in ("q", "k", "v", "out", "gate", "up", "down")),
         *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm")),
         ("view", ctypes.c_int64),
     ]
@@ -77,12 +76,18 @@ class LayerWeights:
     eps: float
     scale: float
     window: int | None
-    matrices: tuple[tuple[Tensor, Tensor | None], ...]
+    matrices: tuple[tuple[Tensor | IntegerWeight, Tensor | None], ...]
     norms: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
-def layer_weights(layer: Any, *, window: int | None) -> LayerWeights | None:
-    """A family's layer for the kernel; None where the kernel has no such layer, or there is no kernel."""
+def layer_weights(layer: Any, *, window: int | None, quantizer: Quantizer | None = None) -> LayerWeights | None:
+    """A family's layer for the kernel; None where the kernel has no such layer, or there is no kernel.
+
+    Args:
+        layer: the family's module.
+        window: tokens that a position sees, itself included; None for all.
+        quantizer: rounds the weights; None leaves them as they are.
+    """
     attention, mlp = layer.self_attn, layer.mlp
     config, width = attention.config, int(attention.head_dim)
     first = attention.o_proj.weight
@@ -98,20 +103,20 @@ def layer_weights(layer: Any, *, window: int | None) -> LayerWeights | None:
     epsilons = {float(norm.variance_epsilon) for norm in norms}
     heads, kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
     if hasattr(attention, "qkv_proj"):
-        qkv = _split(attention.qkv_proj, [heads * width, kv_heads * width, kv_heads * width])
+        qkv = _split(attention.qkv_proj, [heads * width, kv_heads * width, kv_heads * width], quantizer)
     else:
-        qkv = [_whole(linear) for linear in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        qkv = [_whole(linear, quantizer) for linear in (attention.q_proj, attention.k_proj, attention.v_proj)]
     if hasattr(mlp, "gate_up_proj"):
-        gate_up = _split(mlp.gate_up_proj, [mlp.gate_up_proj.out_features // 2] * 2)
+        gate_up = _split(mlp.gate_up_proj, [mlp.gate_up_proj.out_features // 2] * 2, quantizer)
     else:
-        gate_up = [_whole(linear) for linear in (mlp.gate_proj, mlp.up_proj)]
-    matrices = (*qkv, _whole(attention.o_proj), *gate_up, _whole(mlp.down_proj))
-    tensors = [tensor for pair in matrices for tensor in pair if tensor is not None]
+        gate_up = [_whole(linear, quantizer) for linear in (mlp.gate_proj, mlp.up_proj)]
+    matrices = (*qkv, _whole(attention.o_proj, quantizer), *gate_up, _whole(mlp.down_proj, quantizer))
+    tensors = [tensor for pair in matrices for tensor in pair if isinstance(tensor, Tensor)]
     tensors += [norm.weight for norm in norms]
     if len(epsilons) > 1 or any(not t.is_contiguous() or t.dtype != first.dtype for t in tensors):
         return None
     return LayerWeights(
-        (heads, kv_heads, width, gate_up[0][0].shape[0]),
+        (heads, kv_heads, width, mlp.down_proj.in_features),
         epsilons.pop(),
         float(attention.scaling),
         window,
@@ -137,13 +142,13 @@ class LayerStack:
         for entry, layer in zip(self._layers, layers, strict=True):
             names = ("q", "k", "v", "out", "gate", "up", "down")
             for name, (weight, bias) in zip(names, layer.matrices, strict=True):
-                setattr(entry, name, _Matrix(weight.data_ptr(), _address(bias), weight.shape[0]))
+                setattr(entry, name, MatrixFields.of(weight, bias))
             for place, norm in zip(("attention_norm", "mlp_norm", "q_norm", "k_norm"), layer.norms, strict=True):
                 setattr(entry, place, _address(norm))
             entry.view = self._windows.index(layer.window)
         found = library()
         assert found is not None
-        self.dtype = first.matrices[0][0].dtype
+        self.dtype = first.norms[0].dtype
         self._function = found.headway_layers_float32 if self.dtype == torch.float32 else found.headway_layers_bfloat16
         self._width = first.norms[0].shape[0]
         heads, kv_heads, head_width, inner = first.shape
@@ -221,15 +226,21 @@ def _dense(mask_B1MS: Tensor) -> Tensor:
     return mask_B1MS if mask_B1MS.stride(-1) == 1 else mask_B1MS.contiguous()
 
 
-def _whole(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    return linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+_Weight = tuple[Tensor | IntegerWeight, Tensor | None]
 
 
-def _split(linear: nn.Linear, sizes: Sequence[int]) -> list[tuple[Tensor, Tensor | None]]:
+def _whole(linear: nn.Linear, quantizer: Quantizer | None) -> _Weight:
+    weight = linear.weight.detach() if quantizer is None else quantizer(linear)
+    return weight, None if linear.bias is None else linear.bias.detach()
+
+
+def _split(linear: nn.Linear, sizes: Sequence[int], quantizer: Quantizer | None) -> list[_Weight]:
     """Rows of one matrix as several: views, since rows lie one after the other."""
-    weight, bias = _whole(linear)
-    biases = [None] * len(sizes) if bias is None else torch.split(bias, list(sizes))
-    return list(zip(torch.split(weight, list(sizes)), biases, strict=True))
+    weight, bias = _whole(linear, quantizer)
+    ends = list(itertools.accumulate(sizes))
+    spans = list(zip([0, *ends], ends, strict=False))
+    weights = [weight[a:b] if isinstance(weight, Tensor) else weight.rows(a, b) for a, b in spans]
+    return [(part, None if bias is None else bias[a:b]) for part, (a, b) in zip(weights, spans, strict=True)]
 
 
 def _address(tensor: Tensor | None) -> int | None:

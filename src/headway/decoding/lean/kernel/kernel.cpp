@@ -8,14 +8,12 @@ namespace {
 using namespace headway;
 
 template <class Kind>
-void linear(const void* x_, int64_t rows, int64_t inputs, const void* w, int64_t outputs, const void* bias, void* y_,
-            int64_t y_stride, int threads) {
+void linear(const void* x_, int64_t rows, int64_t inputs, const Matrix& matrix, void* y_, int64_t y_stride, int threads) {
     using Number = typename Kind::Number;
     const auto* x = static_cast<const Number*>(x_);
     auto* y = static_cast<Number*>(y_);
-    const Matrix matrix{w, bias, outputs};
     static thread_local Input<Kind> input;
-    input.set(x, rows, inputs);
+    input.set(x, rows, inputs, matrix.scales != nullptr);
     const Input<Kind>& ready = input;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -24,20 +22,20 @@ void linear(const void* x_, int64_t rows, int64_t inputs, const void* w, int64_t
 #else
         const int thread = 0, members = 1;
 #endif
-        ready.times(matrix, share(outputs, thread, members, ready.group()), y, y_stride);
+        ready.times(matrix, share(matrix.outputs, thread, members, ready.group()), y, y_stride);
     }
 }
 
 }  // namespace
 
 extern "C" {
-void headway_linear_float32(const void* x, int64_t rows, int64_t inputs, const void* w, int64_t outputs, const void* bias,
-                            void* y, int64_t y_stride, int threads) {
-    linear<Float32>(x, rows, inputs, w, outputs, bias, y, y_stride, threads);
+void headway_linear_float32(const void* x, int64_t rows, int64_t inputs, const Matrix* matrix, void* y, int64_t y_stride,
+                            int threads) {
+    linear<Float32>(x, rows, inputs, *matrix, y, y_stride, threads);
 }
-void headway_linear_bfloat16(const void* x, int64_t rows, int64_t inputs, const void* w, int64_t outputs,
-                             const void* bias, void* y, int64_t y_stride, int threads) {
-    linear<BFloat16>(x, rows, inputs, w, outputs, bias, y, y_stride, threads);
+void headway_linear_bfloat16(const void* x, int64_t rows, int64_t inputs, const Matrix* matrix, void* y, int64_t y_stride,
+                             int threads) {
+    linear<BFloat16>(x, rows, inputs, *matrix, y, y_stride, threads);
 }
 void headway_layers_float32(const Pass* pass, const Layer* layers, int64_t count) {
     run_layers<Float32>(*pass, layers, count);

@@ -290,6 +290,7 @@ void run_layers(const Pass& pass, const Layer* layers, int64_t count) {
     Number* const gate = change + R * D;
     Number* const up = gate + R * F;
     const int threads = static_cast<int>(pass.threads);
+    const bool whole = layers[0].q.scales != nullptr;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #if defined(_OPENMP)
@@ -303,7 +304,7 @@ void run_layers(const Pass& pass, const Layer* layers, int64_t count) {
         const auto norm_all = [&](const Number* x, const void* weight) {
             for (int64_t r = 0; r < R; ++r)
                 norm_row<Kind>(x + r * D, static_cast<const Number*>(weight), pass.eps, D, own.normed.data() + r * D);
-            input.set(own.normed.data(), R, D);
+            input.set(own.normed.data(), R, D, whole);
         };
         const auto part = [&](int64_t outputs) { return share(outputs, thread, members, input.group()); };
         for (int64_t l = 0; l < count; ++l) {
@@ -319,7 +320,7 @@ void run_layers(const Pass& pass, const Layer* layers, int64_t count) {
             for (int64_t item = items.begin; item < items.end; ++item)
                 attend<Kind>(pass, layer, pass.stores[l], item / pass.kv_heads, item % pass.kv_heads, qkv, mixed, own);
 #pragma omp barrier
-            input.set(mixed, R, attended);
+            input.set(mixed, R, attended, whole);
             Range columns = part(D);
             input.times(layer.out, columns, change, D);
             add_rows<Kind>(before, change, columns, R, D, between);
@@ -331,7 +332,7 @@ void run_layers(const Pass& pass, const Layer* layers, int64_t count) {
             for (int64_t r = 0; r < R; ++r)
                 gated<Kind>(gate + r * F + columns.begin, up + r * F + columns.begin, columns.end - columns.begin);
 #pragma omp barrier
-            input.set(gate, R, F);
+            input.set(gate, R, F, whole);
             columns = part(D);
             input.times(layer.down, columns, change, D);
             add_rows<Kind>(between, change, columns, R, D, after);

@@ -14,6 +14,7 @@
 #include <omp.h>
 #endif
 
+#include "integers.hpp"
 #include "tiles.hpp"
 #include "vectors.hpp"
 
@@ -108,6 +109,8 @@ struct Matrix {
     const void* weight;
     const void* bias;  // or null
     int64_t outputs;
+    const float* scales = nullptr;  // of int8 weights, one per output; null where weights are of the same kind as x
+    const int32_t* sums = nullptr;  // of their rows
 };
 
 // Rows of x, made ready once for all matrices that they are multiplied by. One per thread.
@@ -116,10 +119,15 @@ class Input {
   public:
     using Number = typename Kind::Number;
 
-    void set(const Number* x, int64_t rows, int64_t inputs) {
+    void set(const Number* x, int64_t rows, int64_t inputs, bool whole = false) {
         x_ = x;
         rows_ = rows;
         inputs_ = inputs;
+        by_tiles_ = false;
+        if (whole) {
+            digits_.template set<Kind>(x, rows, inputs);
+            return;
+        }
         by_tiles_ = kTiles<Kind> && inputs % kTileInputs == 0 && tiles_allowed();
         if constexpr (kTiles<Kind>)
             if (by_tiles_) pair_up(x, rows, inputs, paired_);
@@ -132,6 +140,11 @@ class Input {
     void times(const Matrix& matrix, Range outputs, Number* y, int64_t y_stride) const {
         const auto* w = static_cast<const Number*>(matrix.weight);
         const auto* bias = static_cast<const Number*>(matrix.bias);
+        if (matrix.scales) {
+            whole_times<Kind>(digits_, rows_, static_cast<const int8_t*>(matrix.weight), matrix.scales, matrix.sums, bias,
+                              outputs.begin, outputs.end, y, y_stride);
+            return;
+        }
         int64_t o = outputs.begin;
         if constexpr (kTiles<Kind>) {
             if (by_tiles_)
@@ -148,6 +161,7 @@ class Input {
     int64_t rows_ = 0, inputs_ = 0;
     bool by_tiles_ = false;
     std::vector<uint16_t> paired_;
+    Digits digits_;
 };
 
 }  // namespace headway
