@@ -11,10 +11,12 @@ from decoding_cases import base_continuation, near_ties, new_tokens, ragged_batc
 from head_cases import ARCHITECTURES, CHANGES_BASE, head_model
 from headway.decoding.cache import RaggedCache, attention_windows
 from headway.decoding.controller import DraftController
+from headway.decoding.drafting import LookupDrafter
 from headway.decoding.engine import ENGINE, decoding_context
 from headway.decoding.executor import EagerExecutor
 from headway.decoding.gaps import REREAD
-from headway.errors import DecodingError
+from headway.decoding.loop import DecodingLoop
+from headway.functional.tree import Tree
 from tiny_models import FAMILIES, random_tokens, tiny_model
 
 NEW = 40
@@ -25,7 +27,6 @@ def script_lengths(monkeypatch, choose):
     """Let `choose(number of the forward, K)` decide instead of costs and acceptance."""
 
     def begin(self):
-        self._began = self._clock()
         self.length = choose(len(self.lengths), self.longest) if self.lengths else self.longest
         self.lengths.append(self.length)
         return self.length
@@ -123,7 +124,8 @@ def test_the_controllers_own_lengths_give_the_plain_text(executor):
     result = _generate(model, new=120, executor=executor)
     assert near_ties(model, rows, new_tokens(result, RAGGED.input_ids.shape[1]), expected) <= 1
     assert len(result.control.lengths) >= len(result.acceptance.lengths[0])
-    assert {0, 3} <= set(result.control.lengths)
+    assert 0 in result.control.lengths
+    assert result.control.trials > 0
     assert result.control.to_dict()["seconds_per_forward"]["0"] > 0
 
 
@@ -254,7 +256,111 @@ def test_no_head_runs_while_drafting_rests(monkeypatch):
     assert loop.new_tokens(0) == base_continuation(model, random_tokens(1, 5), 20)
 
 
+# ------------------------------------------------------------------------------------------------------------ copied text
+
+
+def _repetitive(rows=3):
+    """Prompts in which the text repeats itself, so that there is something to copy."""
+    pieces = [random_tokens(1, 6, seed=row)[0] for row in range(rows)]
+    return torch.stack([piece.repeat(4) for piece in pieces])
+
+
 @pytest.mark.parametrize("drafts", ["lookup", "heads+lookup"])
-def test_auto_is_for_drafts_of_the_heads(drafts):
-    with pytest.raises(DecodingError, match="num_draft_tokens='auto' chooses how much the heads draft"):
-        tiny_model().generate(random_tokens(1, 5), max_new_tokens=4, num_draft_tokens="auto", drafts=drafts)
+@pytest.mark.parametrize("seed", range(2))
+def test_random_lengths_of_copied_drafts_give_the_plain_text(drafts, seed, monkeypatch):
+    model, ids = tiny_model(dtype=torch.float64), _repetitive()
+    expected = model.generate(ids, max_new_tokens=NEW, num_draft_tokens=0)
+    script_lengths(monkeypatch, randomly(seed))
+    result = model.generate(
+        ids, max_new_tokens=NEW, num_draft_tokens="auto", drafts=drafts, return_dict_in_generate=True
+    )
+    assert torch.equal(result.sequences, expected)
+    assert len(set(result.control.lengths)) > 3
+
+
+def test_text_that_was_not_drafted_can_be_copied_later(monkeypatch):
+    """What comes while drafting rests is indexed too."""
+    model, ids = tiny_model(dtype=torch.float64), random_tokens(1, 5)
+    texts = []
+    block = LookupDrafter.block
+
+    def watching(self, standing, last_B1, *, depth):
+        found = block(self, standing, last_B1, depth=depth)
+        texts.append(list(self._indices[0]._tokens))
+        return found
+
+    monkeypatch.setattr(LookupDrafter, "block", watching)
+    script_lengths(monkeypatch, lambda forward, longest: 4 if forward % 7 == 6 else 0)
+    result = model.generate(
+        ids, max_new_tokens=NEW, num_draft_tokens="auto", drafts="lookup", return_dict_in_generate=True
+    )
+    text = result.sequences[0].tolist()
+    assert len(texts) > 3
+    for seen in texts:
+        assert seen == text[: len(seen)]
+
+
+# ---------------------------------------------------------------------------------------------------------------- trials
+
+
+def _always_trying(monkeypatch, every):
+    """Drafts are never verified, and tried again and again."""
+    heard = []
+
+    def begin(self):
+        self.trial = self.longest if len(self.lengths) % every == 0 else 0
+        self.lengths.append(0)
+        return 0
+
+    monkeypatch.setattr(DraftController, "begin", begin)
+    monkeypatch.setattr(
+        DraftController, "compared", lambda self, depth, tried, right, *, over: heard.append((depth, tried, right))
+    )
+    return heard
+
+
+@pytest.mark.parametrize("options", [{}, {"tree": 9}, {"drafts": "lookup"}, {"drafts": "heads+lookup"}], ids=str)
+def test_a_trial_changes_nothing_and_says_how_often_drafts_are_right(options, monkeypatch):
+    model, ids = tiny_model(dtype=torch.float64), _repetitive()
+    expected = model.generate(ids, max_new_tokens=NEW, num_draft_tokens=0)
+    drafted = []
+    next_block = DecodingLoop._next_block
+
+    def watching(self, states, emissions, longest):
+        found = next_block(self, states, emissions, longest)
+        if found.depth:
+            drafted.append((found, NEW - self._rooms[0]))
+        return found
+
+    heard = _always_trying(monkeypatch, every=10)
+    monkeypatch.setattr(DecodingLoop, "_next_block", watching)
+    result = model.generate(ids, max_new_tokens=NEW, num_draft_tokens="auto", return_dict_in_generate=True, **options)
+    assert torch.equal(result.sequences, expected)
+    assert result.acceptance.mean_acceptance_length == 1
+    # By the definition: walk the text that came after each draft down its tree.
+    counts = []
+    for block, made in drafted:
+        tree = block.tree or Tree.chain(block.depth)
+        found = {row: [0] for row in range(len(ids))}
+        for depth in range(min(block.depth, NEW - made)):
+            tried = len(found)
+            for row in list(found):
+                token = int(expected[row, ids.shape[1] + made + depth])
+                real = [] if block.absent is None else block.absent[row]
+                below = [c for node in found.pop(row) for c in tree.children[node] if c not in real]
+                if hits := [c for c in below if int(block.tokens_BM[row, c]) == token]:
+                    found[row] = hits
+            counts.append((depth + 1, tried, len(found)))
+            if not found:
+                break
+    assert heard == counts
+    assert len(heard) > 3
+
+
+@pytest.mark.parametrize("architecture", ["transformer", "sequential", "linear"])
+def test_trials_of_every_kind_of_head_change_nothing(architecture, monkeypatch):
+    model = head_model(architecture, dtype=torch.float64)
+    expected = [base_continuation(model, row, NEW) for row in RAGGED.rows()]
+    heard = _always_trying(monkeypatch, every=9)
+    assert new_tokens(_generate(model), RAGGED.input_ids.shape[1]) == expected
+    assert heard

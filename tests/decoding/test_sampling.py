@@ -233,6 +233,10 @@ LAWS = {
 
 @pytest.fixture(scope="module")
 def four_token_model():
+    return _four_token_model()
+
+
+def _four_token_model(**heads):
     torch.manual_seed(2)
     config = LlamaConfig(
         vocab_size=TOKENS,
@@ -247,7 +251,7 @@ def four_token_model():
         eos_token_id=None,
     )
     base = LlamaForCausalLM(config).eval()
-    return attach_heads(base, MultiTokenConfig(num_future_tokens=4, head_init="fresh"))
+    return attach_heads(base, MultiTokenConfig(num_future_tokens=4, head_init="fresh", **heads))
 
 
 def _law(model, prompt, options):
@@ -330,6 +334,13 @@ def test_samples_follow_the_models_law_however_they_are_drafted(four_token_model
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("heads", [{"heads": "linear", "markov_rank": 3}, {"heads": "hydra"}], ids=["markov", "hydra"])
+def test_drawn_trees_of_heads_that_draft_in_turn_follow_it_too(heads):
+    values = _p_values(_four_token_model(**heads), DRAWN["drawn tree"])
+    assert not _holm(values), values
+
+
+@pytest.mark.slow
 def test_this_test_would_notice_a_wrong_residual(four_token_model, monkeypatch):
     monkeypatch.setattr("headway.functional.acceptance.residual", lambda target_V, draft_V, weight=1.0: target_V)
     assert _holm(_p_values(four_token_model, DRAWN["tokenwise"]))
@@ -354,7 +365,6 @@ def _lengths_from_the_past(monkeypatch):
     """Adversarial but allowed: how long a draft is depends on which tokens the forwards before gave."""
 
     def begin(self):
-        self._began = self._clock()
         self.length = getattr(self, "wanted", self.longest)
         self.lengths.append(self.length)
         return self.length

@@ -64,6 +64,7 @@ class ChangingBatch(DecodingLoop):
         """
         assert self._block is not None
         assert other._block is not None
+        self._drop_trial()
         self.executor.absorb(other.executor, other._positions, rows=rows)
         self._block = join_blocks(self._block, other._block)
         if isinstance(self.drafter, LookupDrafter) and isinstance(other.drafter, LookupDrafter):
@@ -79,6 +80,7 @@ class ChangingBatch(DecodingLoop):
         live = self.live()
         if len(live) == len(self.members):
             return
+        self._drop_trial()
         order = without_holes(live)
         assert self._block is not None
         self._block = select_rows(self._block, order)

@@ -1,14 +1,24 @@
-"""How long the next draft should be, from measured costs and acceptance.
+"""How long the next draft should be, from measured costs and acceptance, within a budget for what drafting may lose.
 
-    speed(k) = (1 + a_1 + a_1 a_2 + ... + a_1 .. a_k) / seconds(k)         tokens of a row per second with drafts of k tokens
+    speed(k) = (1 + a_1 + a_1 a_2 + ... + a_1 .. a_k) / cost(k)         times as fast as plain decoding, with drafts of k tokens
 
-seconds(k) is what a forward costs that verifies k drafted tokens and drafts k new ones, on this machine, for this batch;
-a_j is how often the draft of offset j + 1 was right lately where those before it were. The length with the highest speed
-wins; another takes over only where it is clearly better.
+cost(k) is what a forward costs that verifies k drafted tokens and drafts k new ones, in plain forwards, on this machine and
+for this batch (`headway.decoding.forward_costs`); a_j is how often the draft of offset j + 1 was right lately where those
+before it were. The length with the highest speed wins; another takes over only where it is clearly better.
 
-Without drafts nothing is learnt about drafts, so at times one is tried (a probe). A probe starts from optimism and drafts
-until what it sees says no, which costs about the same whatever the machine; how long to wait until the next follows from
-what the last one cost, such that all probes together take `PROBE_SHARE` of the time.
+Never slower than off. An account is kept in plain forwards: what the forwards with drafts gave, in tokens per row (of the
+row that is behind, which decides when a batch is done), less what they cost.
+
+    balance = tokens - sum of cost(forward)              allowance = ALLOWED_AT_ONCE + ALLOWED_SHARE * tokens
+
+Before a draft is ordered, its worst case is assumed: the draft that is on its way and this one are both wrong from their
+first token on. Where the balance would then fall below minus the allowance, the order is not given. So the balance never
+does, and a text of T tokens takes at most T + allowance plain forwards, up to the error of the measured costs. What drafting
+has gained may be lost again; what it has not gained may be lost up to the allowance alone.
+
+Without drafts nothing is learnt about drafts. So at times one is made and compared with the text that follows, instead of
+being verified (`headway.decoding.trial`): this costs the heads but not the wider forward, and it is paid from the same
+account. Trials that fail are made less and less often.
 
 Exactness. The length of the draft that follows a forward is decided before that forward runs, from tokens that earlier
 forwards verified and from times that have passed. It is therefore a function of the past: given the past, every draft is
@@ -24,97 +34,75 @@ lengths must not anticipate drafts, Cheng et al. 2026 (DSpark, arXiv:2607.05147)
 from __future__ import annotations
 
 import itertools
-import statistics
 import time
-from collections import deque
-from collections.abc import Callable, MutableMapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-MEMORY = 0.93
-"""Weight of a forward's evidence one forward later: half of it is gone after ten forwards, 10 to 40 tokens."""
+from headway.decoding.forward_costs import ForwardCosts, Kind
+
+EVIDENCE, LEAST_MEMORY = 12, 0.6
+"""Observations that the running acceptance rests on: of one row half is gone after eight forwards, of many rows sooner."""
+
+FAILURES, FAILING_MEMORY = 3, 0.4
+"""Forwards in a row whose drafts were all wrong, and the weight that older evidence has after them."""
 
 UNSEEN_MEMORY = 0.98
 """The same for offsets beyond the present draft, of which nothing new is seen: they become plausible again."""
 
+LONG_MEMORY = 0.99
+"""The same for what later generations begin with."""
+
 OPTIMISM = 0.8
 """What the first drafted token is worth as long as nothing has been seen, with the weight of one observation."""
 
+DOUBT = 0.3
+"""The same while a trial is going on."""
+
+MOST_EXPERIENCE = 3.0
+"""Observations that the experience of earlier generations counts for at the beginning of one."""
+
 CLEARLY_BETTER = 1.03
-"""How many times as fast another length has to look; none at all is taken as soon as it looks best."""
+"""How many times as fast as the present length another one has to look."""
 
-PROBE_SHARE = 0.015
-"""Share of the time of plain decoding that probes may lose."""
+WORTH_STARTING, WORTH_KEEPING = 1.05, 1.02
+"""How many times as fast as plain decoding drafts have to look; costs are known to some percent only."""
 
-SHORTEST_WAIT, LONGEST_WAIT = 16, 512
-"""Forwards without drafts between two probes."""
+ALLOWED_AT_ONCE = 0.5
+"""Plain forwards that drafting may lose in any generation."""
+
+ALLOWED_SHARE = 0.015
+"""Share of plain decoding that drafting may lose beyond that."""
+
+TRIAL_COST = 0.15
+"""Plain forwards that a trial may cost, its length is chosen to fit."""
+
+TRIAL_SHARE = 0.0125
+"""Share of plain decoding that failing trials may cost: a dear one is followed by a long wait."""
+
+SHORTEST_WAIT, LONGEST_WAIT = 4, 32
+"""Plain forwards between two trials; every one that fails doubles the wait."""
 
 CHECK_EVERY, CHECKS = 64, 3
 """Forwards with drafts after which a small advantage over plain decoding is checked, and by how many plain forwards."""
 
-SMALL_ADVANTAGE = 1.15
+FIRST_CHECK = 12
+"""The same in a generation that began with drafts."""
+
+SMALL_ADVANTAGE = 1.25
 """An advantage from here on is not checked."""
 
-SETTLED = 6
-"""Forwards of one kind in a row after which a further change of their time is thought to be the machine's, not a correction."""
 
-MEASUREMENTS = 2
-"""Forwards of one kind in a row that make a first measurement."""
-
-
-@dataclass
-class StepTime:
-    """Seconds of one kind of forward, followed over time.
-
-    An exponentially weighted mean of medians of three, which a single hiccup of the machine hardly moves. It learns quickly
-    at the beginning of a run of such forwards, whose times may have changed since the last run, and slowly within one.
-
-    Attributes:
-        seconds: the estimate.
-        count: measurements.
-        run: measurements since the last forward of another kind.
-    """
-
-    seconds: float
-    count: int = 1
-    run: int = 1
-    _recent: deque[float] = field(default_factory=lambda: deque(maxlen=3))
-
-    def __post_init__(self) -> None:
-        self._recent.append(self.seconds)
-
-    def begin_run(self) -> None:
-        """Forwards of another kind lay between the last measurement and the next."""
-        self.run = 0
-        self._recent.clear()
-        self._recent.append(self.seconds)
-
-    def add(self, seconds: float) -> float:
-        """Take one more measurement; returns how many times as large the estimate has become."""
-        before = self.seconds
-        self.count += 1
-        self.run += 1
-        if self.count <= 3:
-            self._recent.append(seconds)
-            # What first calls cost belongs to no length.
-            self.seconds = min(self._recent) if self.count == 2 else statistics.median(self._recent)
-        else:
-            self._recent.append(min(seconds, 2 * before))
-            self.seconds += max(0.15, 1 / (self.run + 1)) * (statistics.median(self._recent) - before)
-        return self.seconds / before
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RowStep:
     """What one forward did for one row.
 
     Attributes:
-        drafted: drafts that were compared with the model's own tokens.
-        accepted: how many of them, from the front, were right.
+        accepted: drafts that were right, from the front.
         tokens: emitted.
     """
 
-    drafted: int
     accepted: int
     tokens: int
 
@@ -124,16 +112,18 @@ class ControlReport:
     """What a controller decided and why.
 
     Attributes:
-        lengths: the draft length chosen at each forward, the prefill first.
+        lengths: the draft length chosen at each forward, the prefill first; 0 where the draft was a trial.
         switches: how often it changed.
-        probes: drafts that were tried after a time without.
+        trials: drafts that were compared with the text instead of being verified.
+        balance: plain forwards that drafting has saved, by the measured costs; negative where it has lost some.
         seconds_per_forward: draft length -> measured seconds of a forward.
         acceptance: per drafted offset its running conditional acceptance, the last estimate.
     """
 
     lengths: tuple[int, ...]
     switches: int
-    probes: int
+    trials: int
+    balance: float
     seconds_per_forward: dict[int, float]
     acceptance: tuple[float, ...]
 
@@ -142,10 +132,26 @@ class ControlReport:
         return {
             "lengths": list(self.lengths),
             "switches": self.switches,
-            "probes": self.probes,
+            "trials": self.trials,
+            "balance": self.balance,
             "seconds_per_forward": {str(length): seconds for length, seconds in self.seconds_per_forward.items()},
             "acceptance": list(self.acceptance),
         }
+
+
+@dataclass
+class Experience:
+    """What generations of one model, batch size and executor leave to later ones.
+
+    Attributes:
+        costs: of forwards.
+        tried: per offset how often a draft was compared whose earlier offsets were right, half forgotten after 70 forwards.
+        right: how often it was right.
+    """
+
+    costs: ForwardCosts = field(default_factory=ForwardCosts)
+    tried: list[float] = field(default_factory=list)
+    right: list[float] = field(default_factory=list)
 
 
 class DraftController:
@@ -154,8 +160,9 @@ class DraftController:
     Attributes:
         longest: K.
         length: chosen last.
+        trial: tokens to draft now for a trial, 0 for none.
         lengths: all that were chosen.
-        probes: how many drafts were tried after a time without.
+        trials: how many trials were made.
     """
 
     def __init__(
@@ -163,77 +170,134 @@ class DraftController:
         longest: int,
         *,
         clock: Callable[[], float] = time.perf_counter,
-        times: MutableMapping[int, StepTime] | None = None,
+        experience: Experience | None = None,
+        trials: bool = True,
     ) -> None:
-        """Start with the longest draft.
+        """Start with what is known.
 
         Args:
             longest: K, 0 for none ever.
             clock: seconds.
-            times: draft length -> what is known of its cost; updated in place, so that a later controller of the same
-                model and batch can begin with it.
+            experience: of earlier generations; updated in place.
+            trials: whether comparing a draft with the text says how often it would be accepted. Not so for drawn drafts,
+                which are tried by being verified.
         """
         self.longest = longest
-        self.length = longest
+        self.length = 0
+        self.trial = 0
         self.lengths: list[int] = []
-        self.probes = 0
+        self.trials = 0
         self._clock = clock
-        self._times: MutableMapping[int, StepTime] = {} if times is None else times
-        self._tried = [0.0] * longest
-        self._right = [0.0] * longest
+        self._experience = Experience() if experience is None else experience
+        self._experience.tried += [0.0] * (longest - len(self._experience.tried))
+        self._experience.right += [0.0] * (longest - len(self._experience.right))
+        self._costs = self._experience.costs
+        self._costs.begin_generation()
+        self._can_try = trials
         self._began = 0.0
-        self._measured = -1
-        self._resting = False
-        self._idle = 0  # forwards without drafts while resting
-        self._wait = SHORTEST_WAIT
-        self._lost = 0.0  # seconds since drafting began again, beyond what plain decoding would have taken
-        self._since_check = 0
+        # Evidence, to begin with of earlier generations.
+        self._prior = OPTIMISM
+        self._tried = [min(MOST_EXPERIENCE, tried) for tried in self._experience.tried[:longest]]
+        self._right = [
+            right * weight / tried if tried else 0.0
+            for right, tried, weight in zip(self._experience.right, self._experience.tried, self._tried, strict=False)
+        ]
+        self._failures = 0
+        # The account.
+        self._kinds: Counter[Kind] = Counter()
+        self._drafted_tokens = 0.0
+        self._plain_forwards = 0
+        self._lag = 0.0
+        # What it is doing.
+        self._verifying = 0
+        self._resting = True
+        self._trying = False
+        self._tried_length = longest
+        self._heard = False
+        self._idle = 0
+        self._wait = 0
+        self._next_wait = SHORTEST_WAIT
+        self._before = 0.0
+        self._since_check = CHECK_EVERY - FIRST_CHECK
         self._checking = 0
         self._checked_length = 0
 
     # -------------------------------------------------------------------------------------------------- the caller's side
 
     def begin(self) -> int:
-        """A forward begins; returns the length of the draft that will follow it."""
+        """A forward begins; returns the length of the draft that will follow it and be verified.
+
+        Where that is 0 and `trial` is not, a draft of `trial` tokens is to be made and compared with the text.
+        """
         self._began = self._clock()
-        self.length = self._decide() if self.lengths else self.longest
+        self.trial = 0
+        # Most forwards of a rest need no thought.
+        self.length = 0 if self._resting and self._idle < self._wait else self._decide()
         self.lengths.append(self.length)
         return self.length
 
-    def end(self, rows: Sequence[RowStep], *, verified: int, prepared: int, measured: bool = True) -> None:
+    def end(
+        self,
+        rows: Sequence[RowStep],
+        *,
+        verified: int,
+        prepared: int,
+        measured: bool = True,
+        lag: float | None = None,
+    ) -> None:
         """The forward and the draft after it are done.
 
         Args:
-            rows: of the batch that had not ended before.
+            rows: of the batch that had not ended before; not read where nothing was verified or prepared.
             verified: drafted tokens that the forward verified, 0 for none.
-            prepared: drafted tokens that the next one will.
-            measured: False for a prefill, whose time and tokens tell nothing.
+            prepared: drafted tokens that were made after it, to be verified or for a trial.
+            measured: False for a prefill, whose time and tokens tell nothing, and at the end of a text.
+            lag: tokens by which the row that is furthest behind is behind the mean of the rows; None where that is as before.
         """
-        # A coarse clock may stand still, and speeds divide by seconds.
-        seconds = max(self._clock() - self._began, 1e-9)
-        if not measured or not rows:
-            return
-        if verified == prepared:
-            self._measure(verified, seconds)
+        self._verifying = 0 if self.trial else prepared
         if verified:
             self._learn(rows, verified)
-        plain = self._times.get(0)
-        if plain is not None and (verified or prepared):
-            tokens = sum(row.tokens for row in rows) / len(rows)
-            self._lost += seconds - tokens * plain.seconds
-        if verified or prepared:
-            self._idle = 0
-            self._since_check += 1
-        else:
-            self._idle += 1
+        if self.trial and not prepared:
+            self.no_trial()
+        if not measured:
+            return
+        # A coarse clock may stand still, and costs divide by seconds.
+        self._costs.add((verified, prepared), max(self._clock() - self._began, 1e-9))
+        self._idle += 1
+        if not verified and not prepared:
+            self._plain_forwards += 1
+            return
+        self._kinds[verified, prepared] += 1
+        self._drafted_tokens += sum(row.tokens for row in rows) / max(1, len(rows))
+        self._lag = self._lag if lag is None else lag
+        self._since_check += 1
+
+    def compared(self, depth: int, tried: int, right: int, *, over: bool) -> None:
+        """One more token of a trial.
+
+        Args:
+            depth: of the token, from 1.
+            tried: rows whose draft was right before it.
+            right: those of them where it still is.
+            over: whether nothing is left to compare.
+        """
+        self._note(depth - 1, tried, right)
+        if self._resting:
+            # Think about it now.
+            self._wait, self._heard, self._trying = 0, True, not over
+
+    def no_trial(self) -> None:
+        """There was nothing to draft, or the rows of the batch have changed: what was begun is not compared."""
+        self._trying, self._idle, self._wait = False, 0, SHORTEST_WAIT
 
     def report(self) -> ControlReport:
         """What happened so far."""
         return ControlReport(
             lengths=tuple(self.lengths),
             switches=sum(before != after for before, after in itertools.pairwise(self.lengths)),
-            probes=self.probes,
-            seconds_per_forward={length: self._times[length].seconds for length in sorted(self._times)},
+            trials=self.trials,
+            balance=self.balance() if self._costs.plain_known else 0.0,
+            seconds_per_forward=self._costs.diagonal(),
             acceptance=tuple(self.acceptance()),
         )
 
@@ -241,93 +305,148 @@ class DraftController:
 
     def acceptance(self) -> list[float]:
         """Per drafted offset its running conditional acceptance; what was not seen is thought to be as good as the one before."""
-        rates, above = [], OPTIMISM
+        rates, above = [], self._prior
         for tried, right in zip(self._tried, self._right, strict=True):
             above = (right + above) / (tried + 1)
             rates.append(above)
         return rates
 
-    def seconds(self, length: int) -> float:
-        """Of a forward; interpolated where it was not measured."""
-        if length in self._times:
-            return self._times[length].seconds
-        below = max(known for known in self._times if known < length)
-        above = min(known for known in self._times if known > length)
-        share = (length - below) / (above - below)
-        return (1 - share) * self._times[below].seconds + share * self._times[above].seconds
-
     def speeds(self) -> list[float]:
-        """Expected tokens per row and second of every length from 0 on."""
-        tokens, survival, speeds = 1.0, 1.0, [1 / self.seconds(0)]
+        """How many times as fast as plain decoding drafts of every length from 0 on are."""
+        tokens, survival, speeds = 1.0, 1.0, [1.0]
         for length, rate in enumerate(self.acceptance(), start=1):
             survival *= rate
             tokens += survival
-            speeds.append(tokens / self.seconds(length))
+            speeds.append(tokens / self._costs.relative(length, length))
         return speeds
 
-    def _measure(self, length: int, seconds: float) -> None:
-        if length not in self._times:
-            self._times[length] = StepTime(seconds)
-        else:
-            step_time = self._times[length]
-            if length != self._measured:
-                step_time.begin_run()
-            moved = step_time.add(seconds)
-            if step_time.run > SETTLED:
-                # A longer context or a busier machine is slower for every length.
-                for other, others_time in self._times.items():
-                    if other != length:
-                        others_time.seconds *= moved
-        self._measured = length
+    def balance(self) -> float:
+        """Plain forwards that drafting has saved so far, by what forwards are now known to cost."""
+        spent = sum(count * self._costs.relative(*kind) for kind, count in self._kinds.items())
+        return self._drafted_tokens - spent - self._lag
+
+    def allowance(self) -> float:
+        """Plain forwards that drafting may have lost by now."""
+        return ALLOWED_AT_ONCE + ALLOWED_SHARE * (self._drafted_tokens + self._plain_forwards)
 
     def _learn(self, rows: Sequence[RowStep], verified: int) -> None:
+        # Many rows say in few forwards what one row takes many for.
+        memory = max(LEAST_MEMORY, 1 - len(rows) / EVIDENCE)
+        self._failures = 0 if any(row.accepted for row in rows) else self._failures + 1
+        if self._failures == FAILURES:
+            memory, self._prior = min(memory, FAILING_MEMORY), min(self._prior, DOUBT)
         for index in range(self.longest):
-            memory = MEMORY if index < verified else UNSEEN_MEMORY
-            self._tried[index] = memory * self._tried[index] + sum(row.drafted > index for row in rows)
-            self._right[index] = memory * self._right[index] + sum(row.accepted > index for row in rows)
+            kept = memory if index < verified else UNSEEN_MEMORY
+            self._tried[index] *= kept
+            self._right[index] *= kept
+            if index < verified:
+                # Tokens that an end or a limit cut off were compared with nothing.
+                tried = sum(row.accepted >= index and row.tokens > index for row in rows)
+                self._note(index, tried, sum(row.accepted > index for row in rows))
+
+    def _note(self, index: int, tried: int, right: int) -> None:
+        self._tried[index] += tried
+        self._right[index] += right
+        if tried:
+            kept = LONG_MEMORY**tried
+            experience = self._experience
+            experience.tried[index] = kept * experience.tried[index] + tried
+            experience.right[index] = kept * experience.right[index] + right
 
     # ------------------------------------------------------------------------------------------------------- what it decides
 
     def _decide(self) -> int:
         if self.longest == 0:
             return 0
-        for length in (self.longest, 0):
-            if length not in self._times or self._times[length].count < MEASUREMENTS:
-                return length
         if self._checking:
             self._checking -= 1
             return 0 if self._checking else self._checked_length
         if self._resting:
-            return self._perhaps_probe()
-        speeds = self.speeds()
-        best = max(range(self.longest + 1), key=speeds.__getitem__)
+            return self._go_on_resting()
+        best = self._best(WORTH_KEEPING)
         if best == 0:
-            self._stop()
-            return 0
-        if speeds[best] > CLEARLY_BETTER * speeds[self.length]:
-            return best
-        if self._since_check >= CHECK_EVERY and speeds[self.length] < SMALL_ADVANTAGE * speeds[0]:
+            self._rest(failed=max(self.speeds()) < WORTH_KEEPING)
+        elif self._since_check >= CHECK_EVERY and self.speeds()[best] < SMALL_ADVANTAGE:
             # The first of them still verifies a draft, the others are measured.
-            self._since_check, self._checking, self._checked_length = 0, CHECKS + 1, self.length
+            self._since_check, self._checking, self._checked_length = 0, CHECKS + 1, best
             return 0
-        return self.length
-
-    def _stop(self) -> None:
-        """Drafting does not pay: rest, the longer the more it has cost."""
-        allowed = PROBE_SHARE * self._times[0].seconds
-        self._wait = int(min(max(self._lost / allowed, SHORTEST_WAIT), LONGEST_WAIT))
-        self._resting, self._idle = True, 0
-
-    def _perhaps_probe(self) -> int:
-        if self._idle < self._wait:
-            return 0
-        self._tried, self._right = [0.0] * self.longest, [0.0] * self.longest
-        speeds = self.speeds()
-        best = max(range(self.longest + 1), key=speeds.__getitem__)
-        if best == 0:
-            # Not even an optimist would draft at these costs.
-            self._idle, self._wait = 0, LONGEST_WAIT
-            return 0
-        self._resting, self._lost, self._since_check = False, 0.0, 0
-        self.probes += 1
         return best
+
+    def _best(self, worth: float) -> int:
+        """The length to draft now, 0 for none."""
+        speeds = self.speeds()
+        # Costs beyond what was measured are a guess, so lengths grow step by step.
+        most = min(self.longest, 2 * self._costs.longest_known + 1)
+        lengths = [length for length in range(1, most + 1) if speeds[length] >= worth]
+        if not lengths:
+            return 0
+        spare = self.balance() + self.allowance()
+        lengths = [length for length in lengths if self._worst(length) <= spare]
+        if not lengths:
+            return 0
+        best = max(lengths, key=speeds.__getitem__)
+        if self.length in lengths and speeds[best] <= CLEARLY_BETTER * speeds[self.length]:
+            return self.length
+        return best
+
+    def _worst(self, length: int) -> float:
+        """Plain forwards lost where the draft on its way and the next one are wrong from their first token on."""
+        relative = self._costs.relative
+        return relative(self._verifying, length) - 1 + relative(length, 0) - 1
+
+    def _rest(self, *, failed: bool) -> None:
+        """Drafting does not pay, or cannot be paid for."""
+        gained = self.balance() > self._before
+        self._resting, self._idle, self._failures = True, 0, 0
+        self._wait = self._next_wait
+        self._next_wait = SHORTEST_WAIT if gained or not failed else min(2 * self._next_wait, LONGEST_WAIT)
+
+    def _go_on_resting(self) -> int:
+        beginning = not self.lengths
+        if not self._costs.plain_known:
+            # Plain decoding is measured first. A trial after the prefill costs next to nothing.
+            if beginning:
+                self._begin_trial(self.longest)
+            return 0
+        if self._heard or beginning:
+            self._heard = False
+            best = self._best(WORTH_STARTING)
+            if best:
+                self._resting = self._trying = False
+                self._before = self.balance()
+                if not beginning:
+                    self._since_check = 0
+                return best
+            if beginning:
+                self._begin_trial(self.longest)
+            elif not self._trying:
+                cost = self._costs.relative(0, self._tried_length) - 1
+                self._idle, self._wait = 0, max(self._next_wait, int(cost / TRIAL_SHARE))
+                self._next_wait = min(2 * self._next_wait, LONGEST_WAIT)
+            return 0
+        if self._trying:
+            return 0
+        return self._try_again()
+
+    def _try_again(self) -> int:
+        if not self._can_try:
+            self._tried, self._right = [0.0] * self.longest, [0.0] * self.longest
+            self._prior, self._heard = OPTIMISM, True
+            self.trials += 1
+            return self._go_on_resting()
+        spare = self.balance() + self.allowance()
+        cost = {length: self._costs.relative(0, length) - 1 for length in range(1, self.longest + 1)}
+        affordable = [p for p in cost if cost[p] <= spare and (p == 1 or cost[p] <= TRIAL_COST)]
+        if affordable:
+            self._begin_trial(affordable[-1])
+        else:
+            self._idle, self._wait = 0, SHORTEST_WAIT
+        return 0
+
+    def _begin_trial(self, length: int) -> None:
+        if not self._can_try:
+            return
+        self._tried, self._right = [0.0] * self.longest, [0.0] * self.longest
+        self._prior = DOUBT
+        self.trial, self._trying, self._tried_length = length, True, length
+        self.trials += 1

@@ -126,10 +126,14 @@ class LookupDrafter:
         """Keep the texts of some rows, in the order given."""
         self._indices = [self._indices[row] for row in rows]
 
+    def follow(self, emitted: Sequence[Sequence[int]]) -> None:
+        """Read what a forward gave each row after which nothing is drafted."""
+        for index, tokens in zip(self._indices, emitted, strict=True):
+            index.extend(tokens)
+
     def block(self, standing: Standing, last_B1: Tensor, *, depth: int) -> Block:
         """See `Drafter.block`."""
-        for index, tokens in zip(self._indices, standing.emitted, strict=True):
-            index.extend(tokens)
+        self.follow(standing.emitted)
         copied = [
             index.continuation(min(self._count, depth)) if row in standing.live else []
             for row, index in enumerate(self._indices)

@@ -45,7 +45,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from headway.decoding.calibration.use import with_calibration
 from headway.decoding.choosing import Chooser, GreedyChooser
-from headway.decoding.controller import DraftController, StepTime
+from headway.decoding.controller import DraftController, Experience
 from headway.decoding.draft_vocabulary import SlicedDrafts, check_draft_vocabulary
 from headway.decoding.drafting import (
     ChainDrafter,
@@ -57,6 +57,7 @@ from headway.decoding.drafting import (
     TreeDrafter,
 )
 from headway.decoding.executor import EagerExecutor
+from headway.decoding.forward_costs import ForwardCosts
 from headway.decoding.graphs.loop import GraphLoop
 from headway.decoding.graphs.served import graph_executor
 from headway.decoding.history import History, PrefixGate
@@ -143,7 +144,7 @@ class Engine:
     """The decoding engine that `MultiTokenLM` delegates to."""
 
     def __init__(self) -> None:
-        self._step_times: WeakKeyDictionary[Any, dict[Any, dict[int, StepTime]]] = WeakKeyDictionary()
+        self._experience: WeakKeyDictionary[Any, dict[Any, Experience]] = WeakKeyDictionary()
 
     def generate(self, model: Any, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """Generate as `transformers.GenerationMixin.generate` would, with several tokens per forward.
@@ -355,14 +356,21 @@ class Engine:
             acceptance_rule=request.options.acceptance,
             lossless=lossy is None and request.options.weights == "own",
             recorder=recorder,
-            controller=self._controller(model, executor, plan, prompts) if plan.controlled else None,
+            controller=self._controller(model, executor, plan, prompts.batch, type(chooser), do_sample)
+            if plan.controlled
+            else None,
         )
 
-    def _controller(self, model: Any, executor: EagerExecutor, plan: DraftPlan, prompts: Prompts) -> DraftController:
-        """One that knows what earlier generations of the same model and batch measured."""
-        kind = (type(executor), getattr(executor, "way", None), prompts.batch, plan.tree, plan.sampled, torch.get_num_threads())
-        times = self._step_times.setdefault(model, {}).setdefault(kind, {})
-        return DraftController(plan.depth, times=times)
+    def _controller(
+        self, model: Any, executor: EagerExecutor, plan: DraftPlan, batch: int, chooser: type[Chooser], do_sample: bool
+    ) -> DraftController:
+        """One that knows what earlier generations of the same model, batch size and kind of decoding saw."""
+        drafts = (plan.heads, plan.tree, plan.lookup, plan.sampled)
+        kind = (type(executor), batch, drafts, chooser, do_sample, torch.get_num_threads())
+        known = self._experience.setdefault(model, {})
+        experience = known.setdefault(kind, Experience(ForwardCosts(batch=batch)))
+        # How often a drawn draft is accepted cannot be seen from the text.
+        return DraftController(plan.depth, experience=experience, trials=not plan.sampled)
 
     def _respect_state(
         self, plan: DraftPlan, options: DecodingOptions, logits_processor: Any, *, do_sample: bool

@@ -128,6 +128,11 @@ class EagerExecutor:
             initial=capacity - max_new_tokens + FIRST_NEW_TOKENS,
         )
 
+    @property
+    def heads_need_prompts(self) -> bool:
+        """Whether heads keep keys and values that only a pass through them makes."""
+        return self._gaps is not None and bool(self._gaps.reread)
+
     def prefill(self, *, num_offsets: int) -> OffsetHiddenStates:
         """Read the prompts, or what `read_piece` has left of them; hidden states [B, 1, D] at each row's last token."""
         while self.pieces_left:
@@ -355,9 +360,7 @@ class EagerExecutor:
         logits: Tensor = self._model.unembed(last_hidden_BMD)
         return logits
 
-    def draft(
-        self, states: OffsetHiddenStates, accepted: Nodes, *, last_B: Tensor | None = None, count: int
-    ) -> Tensor:
+    def draft(self, states: OffsetHiddenStates, accepted: Nodes, *, last_B: Tensor | None = None, count: int) -> Tensor:
         """The heads' most likely tokens after the last accepted position of each row.
 
         Args:

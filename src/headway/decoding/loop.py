@@ -18,11 +18,12 @@ from torch import Tensor
 
 from headway.decoding.choosing import Chooser, Emission
 from headway.decoding.controller import DraftController, RowStep
-from headway.decoding.drafting import Block, Drafter, Standing
+from headway.decoding.drafting import Block, Drafter, LookupDrafter, Standing
 from headway.decoding.executor import EagerExecutor
 from headway.decoding.prompts import Prompts
 from headway.decoding.scored import Recorder
 from headway.decoding.statistics import DecodingMode, GenerationResult, RowForward, acceptance_statistics
+from headway.decoding.trial import Trial
 from headway.model.output import OffsetHiddenStates
 
 
@@ -78,6 +79,7 @@ class DecodingLoop:
         self._rooms = list(self._limits)
         self._positions = [length - 1 for length in self.prompts.lengths]
         self._block: Block | None = None
+        self._trial: tuple[DraftController, Trial] | None = None
         self._streamed_forwards = 0
         self._streamed_tokens = 0
 
@@ -107,7 +109,10 @@ class DecodingLoop:
             Per row the tokens that it emitted; empty for a row that had ended before.
         """
         # Decided before anything of this forward is known: its tokens follow the model's law whatever the length.
-        longest = self.num_draft_tokens if self.controller is None else self.controller.begin()
+        controller = self.controller
+        longest = self.num_draft_tokens if controller is None else controller.begin()
+        trial = 0 if controller is None or longest else controller.trial
+        longest = longest or trial
         num_offsets = self._num_offsets(longest)
         first = self._block is None
         if self._block is None:
@@ -132,11 +137,18 @@ class DecodingLoop:
         self._stream()
         if not self.finished:
             self._block = self._next_block(states, emissions, longest)
-        if self.controller is not None and self._block is not None:
-            self._tell(self.controller, emissions, block, self._block, first=first)
+        if controller is not None and self._block is not None:
+            if self._trial is not None:
+                self._compare(block, emissions)
+            self._tell(controller, emissions, block, self._block, first=first)
+            if trial:
+                self._try(controller, self._block)
         return [emission.tokens if emission else [] for emission in emissions]
 
     def _num_offsets(self, longest: int) -> int:
+        if self._block is None and self.controller is not None and self.executor.heads_need_prompts:
+            # Without keys and values of the prompt heads would be of little use whenever drafting begins.
+            return 1 + self.num_heads
         # A forward emits at least one token per row, so heads are needed for what can follow after that.
         return 1 + min(self.num_heads, longest, max(0, max(self._rooms) - 2))
 
@@ -170,14 +182,50 @@ class DecodingLoop:
         *,
         first: bool,
     ) -> None:
-        last = [rows[-1] for rows, emission in zip(self.rows, emissions, strict=True) if emission is not None]
+        verified, prepared = block.depth, following.depth
+        steps: list[RowStep] = []
+        # Plain decoding has nothing to tell but its time.
+        if verified or prepared:
+            last = [rows[-1] for rows, emission in zip(self.rows, emissions, strict=True) if emission is not None]
+            steps = [RowStep(forward.accepted, len(forward.tokens)) for forward in last]
         controller.end(
-            [RowStep(forward.drafted, forward.accepted, len(forward.tokens)) for forward in last],
-            verified=block.depth,
+            steps,
+            verified=verified,
             # After the end nothing is drafted, which is no length to learn about.
-            prepared=following.depth,
+            prepared=prepared,
             measured=not first and not self.finished,
+            lag=self._lag() if verified else None,
         )
+
+    def _lag(self) -> float:
+        """Tokens by which the row that is furthest behind is behind the mean: it decides when the batch is done."""
+        rooms = [room for room in self._rooms if room]
+        return max(rooms) - sum(rooms) / len(rooms) if rooms else 0.0
+
+    def _try(self, controller: DraftController, block: Block) -> None:
+        """Keep a draft to be compared with what follows, and go on without it."""
+        if block.depth:
+            live = [row for row, room in enumerate(self._rooms) if room]
+            self._trial = controller, Trial(block.tokens_BM.tolist(), block.tree, absent=block.absent, live=live)
+            self._block = Block(block.tokens_BM[:, :1])
+
+    def _compare(self, block: Block, emissions: list[Emission | None]) -> None:
+        assert self._trial is not None
+        controller, trial = self._trial
+        if block.depth:
+            # Drafting has begun again and says more.
+            self._trial = None
+            return
+        tried, right = trial.compare([emission.tokens[0] if emission else None for emission in emissions])
+        controller.compared(trial.depth, tried, right, over=trial.over)
+        if trial.over:
+            self._trial = None
+
+    def _drop_trial(self) -> None:
+        """The rows of the batch change: what was drafted for them is not compared."""
+        if self._trial is not None:
+            self._trial[0].no_trial()
+            self._trial = None
 
     def _next_block(self, states: OffsetHiddenStates, emissions: list[Emission | None], longest: int) -> Block:
         # An ended row keeps its place in the batch; what it is fed no longer matters.
@@ -185,6 +233,8 @@ class DecodingLoop:
         last_B1 = torch.tensor(last, device=self.executor.device)[:, None]
         depth = min(longest, max(self._rooms) - 1)
         if depth == 0 or self.drafter is None:
+            if isinstance(self.drafter, LookupDrafter):
+                self.drafter.follow([emission.tokens if emission else [] for emission in emissions])
             return Block(last_B1)
         standing = Standing(
             states=states,

@@ -48,8 +48,8 @@ class DecodingOptions:
 
     Attributes:
         num_draft_tokens: tokens that the heads draft per forward, 0..n-1; None for n - 1; 0 decodes plainly, whatever else
-            is asked; "auto" lets measured costs and acceptance choose before every forward, down to 0
-            (`headway.decoding.controller`).
+            is asked; "auto" lets measured costs and acceptance choose before every forward, down to 0, how deep drafts
+            of any kind go (`headway.decoding.controller`).
         drafts: where drafts come from: the model's "heads", "lookup" (copied from the text so far, after its last
             tokens' previous occurrence; needs no heads), or both in one tree, "heads+lookup".
         tree: candidates that one forward verifies: None for a chain, a number of drafted tokens for the default tree of
@@ -130,10 +130,6 @@ class DecodingOptions:
         for name in ("posterior_threshold", "posterior_alpha", "acceptance_distance"):
             if not isinstance(getattr(self, name), int | float) or getattr(self, name) < 0:
                 raise DecodingError(f"{name} must be a number of at least 0: got {getattr(self, name)!r}")
-        if self.num_draft_tokens == "auto" and self.drafts != "heads":
-            raise DecodingError(
-                f"num_draft_tokens='auto' chooses how much the heads draft: got drafts={self.drafts!r}; leave one of them out"
-            )
         if self.tree is not None and self.drafts == "lookup":
             raise DecodingError(
                 "a tree is made of the heads' candidates: pass drafts='heads' or 'heads+lookup' with it"
@@ -233,14 +229,15 @@ def plan_drafts(options: DecodingOptions, model: Any, *, do_sample: bool, batch:
     heads = resolve_num_draft_tokens(options.num_draft_tokens, num_future_tokens=model.num_future_tokens)
     if options.num_draft_tokens == 0:
         return PLAIN
+    controlled = options.num_draft_tokens == "auto"
     lookup = 0 if options.drafts == "heads" else options.num_lookup_tokens
     if options.drafts == "lookup":
-        if options.num_draft_tokens:
+        if options.num_draft_tokens not in (None, "auto"):
             raise DecodingError(
                 f"num_draft_tokens={options.num_draft_tokens} is for drafts of the heads; with drafts='lookup' pass "
                 f"num_lookup_tokens"
             )
-        return DraftPlan(0, Tree.chain(0), lookup, sampled=False)
+        return DraftPlan(0, Tree.chain(0), lookup, sampled=False, controlled=controlled)
     tree: Tree | DynamicTree = Tree.chain(heads)
     vocabulary = model.get_input_embeddings().num_embeddings
     if options.draft_vocabulary is not None:
@@ -253,8 +250,8 @@ def plan_drafts(options: DecodingOptions, model: Any, *, do_sample: bool, batch:
         else:
             tree = _asked_tree(options.tree, heads, vocabulary=vocabulary)
     if heads == 0:
-        return DraftPlan(0, tree, lookup, sampled=False)
-    plan = DraftPlan(tree.depth, tree, lookup, options.sample_drafts, controlled=options.num_draft_tokens == "auto")
+        return DraftPlan(0, tree, lookup, sampled=False, controlled=controlled)
+    plan = DraftPlan(tree.depth, tree, lookup, options.sample_drafts, controlled=controlled)
     if not model.heads.drafts_trees and not plan.widest.is_chain:
         raise DecodingError(
             f"{model.mtp_config.heads} heads keep keys and values of the tokens they have drafted, and draft only a chain: "
