@@ -66,7 +66,7 @@ def expand(levels: Levels, last_B1: Tensor, shape: DynamicTree) -> Candidates:
     number_BX, score_BX = torch.zeros_like(last_B1), torch.zeros_like(last_B1, dtype=torch.float32)
     tokens, scores, parents = [], [], []
     candidates = 0
-    for _ in range(shape.depth):
+    for depth in range(1, shape.depth + 1):
         logits_BXV = levels(open_BX, parents_BX)
         width = min(shape.width, logits_BXV.shape[-1])
         # In half precision sums of a path would be too coarse to compare.
@@ -74,11 +74,13 @@ def expand(levels: Levels, last_B1: Tensor, shape: DynamicTree) -> Candidates:
         best = logits_BXV.to(precise).log_softmax(dim=-1).topk(width, dim=-1)
         scores.append((score_BX[..., None] + best.values.clamp(max=0)).flatten(1))
         tokens.append(best.indices.expand(-1, open_BX.shape[1], -1).flatten(1))
-        parents.append(number_BX.repeat_interleave(width, dim=1))
+        parents.append(number_BX[..., None].expand(-1, -1, width).flatten(1))
+        first, candidates = candidates + 1, candidates + scores[-1].shape[1]
+        if depth == shape.depth:
+            break
         score_BX, place_BX = scores[-1].topk(min(width, scores[-1].shape[1]), dim=1)
         open_BX, parents_BX = tokens[-1].gather(1, place_BX), place_BX // width
-        number_BX = place_BX + (candidates + 1)
-        candidates += scores[-1].shape[1]
+        number_BX = first + place_BX
     ranks_S = torch.arange(candidates, device=last_B1.device) % width
     return Candidates(torch.cat(tokens, dim=1), torch.cat(scores, dim=1), torch.cat(parents, dim=1), ranks_S)
 
