@@ -314,7 +314,7 @@ def test_a_calibration_of_elsewhere_is_ignored_with_one_notice(model, changes, c
     assert len([record for record in caplog.records if "is ignored" in record.message]) == 1
 
 
-def test_the_batch_of_a_generation_decides_which_entry_is_used(model):
+def test_the_batch_of_a_generation_decides_which_entry_is_used(model, caplog):
     store_calibration(folder_of(model), entry_for(model))
     store_calibration(folder_of(model), replace(entry_for(model, batch=2), tree=((0,),)))
     for batch, most in ((1, 3), (2, 2)):
@@ -322,6 +322,7 @@ def test_the_batch_of_a_generation_decides_which_entry_is_used(model):
         made = model.generate(prompts_BT, max_new_tokens=24, tree="calibrated", return_dict_in_generate=True)
         assert max(length for row in made.acceptance.lengths for length in row) <= most
         assert made.note is None
+    assert not [record for record in caplog.records if "is ignored" in record.message]
 
 
 def test_a_calibration_of_other_heads_is_not_used(model):

@@ -43,7 +43,7 @@ from transformers.generation.logits_process import (
 )
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from headway.decoding.calibration.use import with_calibration
+from headway.decoding.calibration.use import announce, with_calibration
 from headway.decoding.choosing import Chooser, GreedyChooser
 from headway.decoding.controller import DraftController, Experience
 from headway.decoding.draft_vocabulary import SlicedDrafts, check_draft_vocabulary
@@ -285,6 +285,8 @@ class Engine:
         check_positions(model.config, prompts.lengths, max_new_tokens)
         do_sample = bool(generation_config.do_sample)
         options, ignored = with_calibration(request.options, model, batch=prompts.batch)
+        if ignored is not None:
+            announce(ignored)
         plan = plan_drafts(options, model, do_sample=do_sample)
         plan, note = self._respect_state(plan, request.options, logits_processor, do_sample=do_sample)
         pad = generation_config._pad_token_tensor

@@ -190,7 +190,7 @@ def store_calibration(folder: Path, calibration: Calibration) -> Path:
             "w", encoding="utf-8", dir=path.parent, prefix=".calibration-", suffix=".json", delete=False
         ) as aside:
             try:
-                json.dump(document, aside, indent=1, allow_nan=False)
+                json.dump(document, aside, allow_nan=False)
                 aside.write("\n")
                 aside.flush()
                 os.fsync(aside.fileno())

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headway.decoding.calibration.stored import Calibration, MachineKey, heads_fingerprint, read_calibrations
+from headway.decoding.calibration.stored import (
+    CALIBRATION_FILE,
+    Calibration,
+    MachineKey,
+    heads_fingerprint,
+    read_calibrations,
+)
 from headway.decoding.lean.admission import lean_model
 from headway.decoding.lean.model import LeanModel
 from headway.errors import DecodingError
-from headway.model.checkpoint import loaded_from
+from headway.model.checkpoint import CONFIG_FILE, loaded_from
 
 if TYPE_CHECKING:
     from headway.decoding.options import DecodingOptions
@@ -34,8 +41,8 @@ def with_calibration(options: DecodingOptions, model: Any, *, batch: int) -> tup
         batch: rows decoded together.
 
     Returns:
-        The options, and a notice for the result where the calibration was ignored or chose plain decoding; the log has
-        the same notice once.
+        The options, and a notice for the result and the log (`announce`) where the calibration was ignored or chose plain
+        decoding.
 
     Raises:
         DecodingError: the model does not come from a folder, or its folder holds no calibration.
@@ -49,26 +56,46 @@ def with_calibration(options: DecodingOptions, model: Any, *, batch: int) -> tup
             "tree='calibrated' reads mtp/calibration.json of the model's folder, and this model was not loaded from one; save "
             "it, run `headway calibrate FOLDER TEXT`, and load it with MultiTokenLM.from_pretrained"
         )
-    entries = read_calibrations(folder)
+    entries, heads = _stored(folder)
     if not entries:
         raise DecodingError(
             f"tree='calibrated' needs a calibration, and {folder} has none; run `headway calibrate {folder} TEXT` with a "
             f"text like those you will decode"
         )
-    executor = "lean" if options.executor == "lean" and isinstance(lean_model(model), LeanModel) else "eager"
+    falls_back = options.executor == "lean" and not isinstance(lean_model(model), LeanModel)
+    executor = "eager" if falls_back else options.executor
     here = MachineKey.here(model, executor=executor, batch=batch)
-    entry, reason = _choose(entries, here, folder)
+    entry, reason = _choose(entries, here, heads)
     if entry is None:
         notice = (
             f"the calibration in {folder.name}/mtp is ignored ({reason}): drafts are chains; run headway calibrate here"
         )
-        _say_once(notice)
         return replace(options, tree=None), notice
     return _apply(options, entry)
 
 
-def _choose(entries: list[Calibration], here: MachineKey, folder: Path) -> tuple[Calibration | None, str]:
-    heads = heads_fingerprint(folder)
+def announce(notice: str) -> None:
+    """Log a notice of `with_calibration`; the same one only once in a process."""
+    if notice not in _said:
+        _said.add(notice)
+        logger.warning(notice)
+
+
+def _stored(folder: Path) -> tuple[tuple[Calibration, ...], str]:
+    """Entries of a folder and the fingerprint of its heads, read again only where one of the files has changed."""
+    files = [folder / CALIBRATION_FILE, folder / CONFIG_FILE]
+    stats = [file.stat() if file.exists() else None for file in files]
+    return _read(
+        folder, tuple(None if stat is None else (stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats)
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _read(folder: Path, state: tuple[tuple[int, int, int] | None, ...]) -> tuple[tuple[Calibration, ...], str]:
+    return tuple(read_calibrations(folder)), heads_fingerprint(folder)
+
+
+def _choose(entries: tuple[Calibration, ...], here: MachineKey, heads: str) -> tuple[Calibration | None, str]:
     own = [entry for entry in entries if entry.heads == heads]
     if not own:
         return None, "it was measured with other heads"
@@ -86,16 +113,9 @@ def _apply(options: DecodingOptions, entry: Calibration) -> tuple[DecodingOption
             notice = (
                 "the calibration has no tree to go beside copies; run headway calibrate with --lookup: chains are used"
             )
-            _say_once(notice)
             return replace(options, tree=None, draft_vocabulary=part), notice
         return replace(options, tree=entry.tree_beside_lookup, draft_vocabulary=part), None
     if not entry.tree:
         notice = "the calibration found plain decoding fastest on this machine: nothing is drafted"
         return replace(options, tree=None, num_draft_tokens=0), notice
     return replace(options, tree=entry.tree, draft_vocabulary=part), None
-
-
-def _say_once(notice: str) -> None:
-    if notice not in _said:
-        _said.add(notice)
-        logger.warning(notice)
