@@ -202,6 +202,7 @@ def test_without_a_cuda_device_the_graph_executor_says_so():
     [
         ({"tree": 6}, "candidate trees"),
         ({"drafts": "lookup"}, "copied drafts"),
+        ({"draft_vocabulary": [1, 2, 3]}, "drafts from a part of the vocabulary"),
         ({"num_draft_tokens": "auto"}, "draft lengths that follow the costs"),
         ({"do_sample": True, "sample_drafts": True}, "drawn drafts"),
         ({"acceptance": "top_k"}, "acceptance='top_k'"),

@@ -36,6 +36,11 @@ SLOTS_AT_A_TIME = 256
 """A workspace's capacity is a multiple of it, so that generations of similar length can use the same."""
 
 
+MOST_ROWS_AT_ONCE_ON_CUDA = 128
+"""Rows up to which a product with the unembedding is bound by reading it: tensor cores do some hundred operations of bfloat16
+in the time of reading one byte (data sheets; not measured here)."""
+
+
 class Workspace:
     """What graphs of one model are tied to: a cache and the buffers of a step, where they lie.
 
@@ -130,6 +135,8 @@ class GraphExecutor(LeanExecutor):
             num_draft_tokens=num_draft_tokens,
             prefill_chunk_tokens=prefill_chunk_tokens,
         )
+        if self.device.type == "cuda":
+            self._most_at_once = MOST_ROWS_AT_ONCE_ON_CUDA
         self._workspace.take(self)
         self._state, self._graphs = self._workspace.state, self._workspace.graphs
         self._queue = RecordQueue(self._state.record_BR, length=1 + self.ahead)
