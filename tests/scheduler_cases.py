@@ -42,15 +42,14 @@ def requests(draw: Any, *, sampled: bool = True, longest: int = 14) -> Request:
     )
 
 
-def alone(model: Any, request: Request) -> list[int]:
-    """What plain decoding of this prompt and nothing else gives."""
-    options: dict[str, Any] = {"do_sample": request.sampled}
+def alone(model: Any, request: Request, **drafts: Any) -> list[int]:
+    """What decoding of this prompt and nothing else gives, plainly where no drafts are named."""
+    options: dict[str, Any] = {"do_sample": request.sampled} | (drafts or {"num_draft_tokens": 0})
     if request.sampled:
         options |= {"temperature": request.temperature, "top_k": request.top_k, "top_p": request.top_p}
         options |= {"min_p": request.min_p, "seed": request.seed}
     out = model.generate(
         torch.tensor([list(request.prompt)]),
-        num_draft_tokens=0,
         max_new_tokens=request.max_new_tokens,
         eos_token_id=list(request.end_token_ids or ()) or None,
         pad_token_id=0,
@@ -133,9 +132,9 @@ def script(patch: pytest.MonkeyPatch, model: Any, asked: Sequence[Request]) -> d
     original = Engine.drafter
 
     def drafter(self: Engine, *arguments: Any) -> Any:
-        texts = next(value for value in arguments if isinstance(value, RowTexts))
+        texts = next((value for value in arguments if isinstance(value, RowTexts)), None)
         found = original(self, *arguments)
-        return None if found is None else ScriptedDrafter(found, texts, truths, seen)
+        return found if texts is None or found is None else ScriptedDrafter(found, texts, truths, seen)
 
     patch.setattr(Engine, "drafter", drafter)
     return seen

@@ -31,9 +31,10 @@ import torch
 from headway.decoding.cache_budget import CacheBudget
 from headway.decoding.calibration.use import with_calibration
 from headway.decoding.changing_batch import ChangingBatch
-from headway.decoding.controller import DraftController
+from headway.decoding.controller import DraftController, Experience
 from headway.decoding.engine import ENGINE, decoding_context, keeps_state
 from headway.decoding.executor import most_repeated_tokens
+from headway.decoding.forward_costs import ForwardCosts
 from headway.decoding.handles import RequestHandle
 from headway.decoding.options import acceptance_rule, lossy_note, plan_drafts, take_options
 from headway.decoding.prompts import Prompts
@@ -353,7 +354,12 @@ class Scheduler:
         if not self._plan.controlled:
             return None
         size = 1 << (rows - 1).bit_length()
-        controller = self._controllers.setdefault(size, DraftController(self._plan.depth))
+        if size not in self._controllers:
+            # How often a drawn draft is accepted cannot be seen from the text.
+            self._controllers[size] = DraftController(
+                self._plan.depth, experience=Experience(ForwardCosts(batch=size)), trials=not self._plan.sampled
+            )
+        controller = self._controllers[size]
         if len(controller.lengths) > 2 * KEPT_LENGTHS:
             del controller.lengths[:-KEPT_LENGTHS]
         return controller
