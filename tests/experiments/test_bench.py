@@ -9,19 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 
+from headway.data.tokenizers import byte_tokenizer
 from headway.errors import ConfigError, DataError
 from headway.experiments.bench.arms import ArmOptions, build_arms
 from headway.experiments.bench.charts import batch_chart, batch_curves, standalone, waterfall
-from headway.experiments.bench.figures import break_even, estimate, loops, paired_ratio, until_end
+from headway.experiments.bench.figures import break_even, break_even_batch, estimate, loops, paired_ratio, until_end
 from headway.experiments.bench.folder import check_folder, write_folder
 from headway.experiments.bench.generation import Arm, Generation, Limits
 from headway.experiments.bench.measure import Clock, run_rounds
+from headway.experiments.bench.other_engines import llama_cpp, own_exports
 from headway.experiments.bench.page import bench_page
 from headway.experiments.bench.prompts import BenchPrompts, prompt_batches, read_prompts
 from headway.experiments.bench.run import BenchOptions, run_bench
-from headway.experiments.bench.steps import weight_reader
-from headway.experiments.bench.table import headline_lines, verdict
-from tiny_models import tiny_model
+from headway.experiments.bench.steps import head_floors, plain_step_parameters, weight_reader
+from headway.experiments.bench.table import break_even_line, headline_lines, verdict
+from headway.model.attach import attach_heads
+from headway.model.config import MultiTokenConfig
+from tiny_models import tiny_base, tiny_model
 
 
 class Hands:
@@ -406,3 +410,43 @@ def test_a_difference_is_told_with_its_gap():
         verdict({"compared": True, "differing_rows": 1, "near_ties": 1, "largest_gap": 1e-7})
         == "1 row differs: near-tie"
     )
+
+
+# Walks, floors, break-even
+
+
+def test_trees_and_copies_are_walked_along_the_prompts_text_too(document):
+    for figures in document["batches"][0]["arms"]:
+        walked = figures["arm"].partition("/")[0] not in ("plain", "auto", "dynamic") and figures["engine"] == "headway"
+        assert (figures["walk_tokens_per_forward"] is not None) == walked, figures["arm"]
+        if walked:
+            expected = figures["walk_tokens_per_forward"] / figures["all_texts"]["break_even_tokens_per_forward"]
+            assert figures["expected_over_fastest_plain_along_text"] == pytest.approx(expected)
+
+
+def test_drafts_break_even_between_the_batches_where_they_win_and_lose(document):
+    assert break_even_batch([(1, 2.0), (2, 1.5), (8, 0.5)]) == pytest.approx(4.0)
+    assert set(document["break_even_batch"]) <= {figures["arm"] for figures in document["batches"][0]["arms"]}
+    one = break_even_line(document | {"break_even_batch": {"chain-1": None, "tree": 0.0, "auto": 5.2}})
+    assert one == "drafts pay up to a batch of: chain-1 more than 2, tree none, auto 5.2"
+    assert break_even_line(document | {"break_even_batch": {}}) is None
+
+
+def test_the_byte_floor_of_each_kind_of_heads_is_that_of_heads_that_exist(model):
+    floors = {floor.heads: floor for floor in head_floors(model, num_draft_tokens=2)}
+    heads = sum(parameter.numel() for parameter in model.heads.parameters())  # two transformer layers
+    assert floors["parallel"].bytes == 4 * (plain_step_parameters(model) + heads)
+    assert floors["linear"].over_plain < floors["parallel"].over_plain
+    assert floors["sequential-shared"].bytes < floors["sequential"].bytes
+
+
+def test_a_quantized_file_is_no_denominator(model, tmp_path: Path, monkeypatch):
+    package = types.ModuleType("llama_cpp")
+    package.__spec__ = types.SimpleNamespace(name="llama_cpp")  # type: ignore[assignment]
+    monkeypatch.setitem(sys.modules, "llama_cpp", package)
+    base = tiny_base("llama", vocab_size=258, hidden_size=32, intermediate_size=64)
+    wide = attach_heads(base, MultiTokenConfig(num_future_tokens=2))
+    made = llama_cpp((), LIMITS, export=lambda: own_exports(wide, byte_tokenizer(), tmp_path))
+    assert [(arm.name, arm.other_model) for arm in made] == [("llama.cpp f32", False), ("llama.cpp q8_0", True)]
+    refused = llama_cpp((), LIMITS, export=lambda: own_exports(tiny_model("qwen2"), byte_tokenizer(), tmp_path))
+    assert "llama and mistral" in refused[0].reason

@@ -35,7 +35,7 @@ EXIT_DIFFERENT = 1
 @click.option(
     "--arms",
     metavar="NAME,...",
-    help="plain, chain (every length; chain-2: one), tree, auto, lookup, heads+lookup, hf, hf-static, "
+    help="plain, chain (every length; chain-2: one), tree, calibrated, dynamic, auto, lookup, heads+lookup, hf, hf-static, "
     "hf-lookup, hf-assisted, llama.cpp. Default: all; what cannot run here is listed with the reason.",
 )
 @click.option("--executors", metavar="NAME,...", default="eager,lean", show_default=True, help="Of this engine's arms.")
@@ -58,7 +58,11 @@ EXIT_DIFFERENT = 1
     help="Folder of a smaller model, for hf-assisted.",
 )
 @click.option(
-    "--gguf", type=click.Path(path_type=Path), multiple=True, help="Export of the model, for llama.cpp. Repeatable."
+    "--gguf",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Export of the model, for llama.cpp. Repeatable. Default: its plain part, exported here in its own precision and "
+    "in Q8_0 (llama and mistral models).",
 )
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of the weights. Default: as saved.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: torch's own choice.")
@@ -107,12 +111,16 @@ def bench_command(
     The last line of stdout is one JSON document. The status is 1 where a greedy text differs from plain decoding's by
     more than a near-tie (float32 and float64; in half precision differences are counted only).
     """
+    from dataclasses import replace
+    from tempfile import TemporaryDirectory
+
     import torch
 
     from headway.cli.models import load_model_folder
     from headway.cli.prompt import encode_prompt
     from headway.experiments.bench.arms import ARMS, ArmOptions
     from headway.experiments.bench.folder import check_folder, write_folder
+    from headway.experiments.bench.other_engines import own_exports
     from headway.experiments.bench.prompts import read_prompts
     from headway.experiments.bench.run import BenchOptions, run_bench
     from headway.experiments.bench.table import bench_tables
@@ -150,11 +158,14 @@ def bench_command(
         field=field,
     )
     console = human_console()
-    with console.status("loading") as status:
+    with console.status("loading") as status, TemporaryDirectory() as exports:
+        arms_with_export = replace(
+            options.arms, export=lambda: own_exports(loaded.model, loaded.tokenizer, Path(exports))
+        )
         document = run_bench(
             loaded.model,
             prompts,
-            options,
+            replace(options, arms=arms_with_export),
             _limits(loaded, max_new_tokens, temperature, seed),
             name=loaded.name,
             progress=lambda line: status.update(line),

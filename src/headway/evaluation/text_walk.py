@@ -48,11 +48,13 @@ class TextWalk:
         tokens_per_forward: the model's own token included; NaN where no block fitted.
         blocks: walked.
         copied: share of them that held a copy.
+        lengths: tokens of each block.
     """
 
     tokens_per_forward: float
     blocks: int
     copied: float
+    lengths: tuple[int, ...] = ()
 
 
 def can_walk(model: MultiTokenLM) -> bool:
@@ -117,8 +119,8 @@ def walk_texts(
     """Walk block by block: each emits the text's next token and the drafts that the model agrees with.
 
     >>> text = WalkedText((5, 6, 7, 8), (6, 7, 9, 9), ((0,), (-1,), (0,), (-1,)))
-    >>> walk_texts([text], Tree.chain(1)).tokens_per_forward
-    1.5
+    >>> walk_texts([text], Tree.chain(1)).lengths
+    (2,)
 
     A block counts where every token that it could emit lies in the text; whether it does depends on its place alone.
 
@@ -132,7 +134,8 @@ def walk_texts(
     """
     paths = {(): 0} | {choice: number for number, choice in enumerate(tree.choices, start=1)}
     longest = max(tree.depth, lookup) if reach is None else reach
-    emitted = blocks = copies = 0
+    copies = 0
+    lengths: list[int] = []
     for text in texts:
         copy = _copier(text, lookup, ngram) if lookup else None
         place, last = 0, len(text.tokens) - 2 - longest
@@ -141,10 +144,11 @@ def walk_texts(
             if copy is not None:
                 right, found = copy(place)
                 accepted, copies = max(accepted, right), copies + found
-            emitted += 1 + accepted
-            blocks += 1
+            lengths.append(1 + accepted)
             place += 1 + accepted
-    return TextWalk(emitted / blocks if blocks else math.nan, blocks, copies / blocks if blocks else math.nan)
+    blocks = len(lengths)
+    per_block = (sum(lengths) / blocks, copies / blocks) if blocks else (math.nan, math.nan)
+    return TextWalk(per_block[0], blocks, per_block[1], tuple(lengths))
 
 
 def _agreed(ranks: Sequence[int], paths: dict[tuple[int, ...], int]) -> int:

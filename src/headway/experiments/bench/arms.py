@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from headway.decoding.calibration.use import with_calibration
 from headway.decoding.engine import ENGINE, decoding_context
 from headway.decoding.lean.admission import lean_model
 from headway.decoding.options import DecodingOptions, plan_drafts
@@ -18,7 +19,7 @@ from headway.model.multi_token_lm import MultiTokenLM
 
 PLAIN = "plain"
 HUGGING_FACE = "hf"
-OWN_ARMS = (PLAIN, "chain", "tree", "auto", "lookup", "heads+lookup")
+OWN_ARMS = (PLAIN, "chain", "tree", "calibrated", "dynamic", "auto", "lookup", "heads+lookup")
 OTHER_ARMS = (HUGGING_FACE, "hf-static", "hf-lookup", "hf-assisted", "llama.cpp")
 ARMS = OWN_ARMS + OTHER_ARMS
 """Names to choose from; "chain" stands for "chain-1", "chain-2", ..., one for each draft length."""
@@ -36,6 +37,7 @@ class ArmOptions:
         num_lookup_tokens: that a copy drafts, here and in Hugging Face's prompt lookup.
         assistant: folder of a smaller model for Hugging Face's assisted generation.
         gguf: files for llama.cpp.
+        export: makes such files of the model where none are given; None for none.
     """
 
     names: tuple[str, ...] = ARMS
@@ -44,6 +46,7 @@ class ArmOptions:
     num_lookup_tokens: int = 8
     assistant: Path | None = None
     gguf: tuple[Path, ...] = field(default=())
+    export: Callable[[], Sequence[Path]] | None = None
 
     def __post_init__(self) -> None:
         for name in self.names:
@@ -78,9 +81,14 @@ def build_arms(model: MultiTokenLM, options: ArmOptions, limits: Limits) -> tupl
             # What is calibrated holds for one executor.
             arguments = arguments | {"executor": executor}
             try:
-                plan = plan_drafts(DecodingOptions(**arguments), model, do_sample=False)
+                asked = DecodingOptions(**arguments)
+                _, ignored = with_calibration(asked, model, batch=1)
+                plan = plan_drafts(asked, model, do_sample=False)
             except HeadwayError as error:
                 skipped.append(Skipped(name + suffix, str(error)))
+                continue
+            if ignored:
+                skipped.append(Skipped(name + suffix, ignored))
                 continue
             arms.append(
                 Arm(
@@ -95,7 +103,7 @@ def build_arms(model: MultiTokenLM, options: ArmOptions, limits: Limits) -> tupl
             )
     for name in options.names:
         if name == "llama.cpp":
-            made = llama_cpp(options.gguf, limits)
+            made = llama_cpp(options.gguf, limits, export=options.export)
         elif name in OTHER_ARMS:
             made = hugging_face(
                 name, model, limits, assistant=options.assistant, num_lookup_tokens=options.num_lookup_tokens
@@ -137,6 +145,8 @@ def _own_arms(model: MultiTokenLM, options: ArmOptions) -> Iterator[tuple[str, d
             yield from ((f"chain-{length}", {"num_draft_tokens": length}) for length in range(1, most + 1))
         elif name == "tree":
             yield name, {"tree": options.tree}
+        elif name in ("calibrated", "dynamic"):
+            yield name, {"tree": name}
         elif name == "auto":
             yield name, {"num_draft_tokens": "auto"}
         elif name == "heads+lookup":

@@ -78,6 +78,29 @@ def break_even(tokens_per_forward: float, speedup: float) -> float:
     return tokens_per_forward / speedup if speedup > 0 else math.nan
 
 
+def break_even_batch(ratios: Sequence[tuple[int, float]]) -> float | None:
+    """Rows decoded together at which drafts stop paying: where the speed-up falls below 1, between the batches on both sides.
+
+    >>> break_even_batch([(1, 2.0), (2, 1.5), (8, 0.5)]), break_even_batch([(1, 0.9)]), break_even_batch([(1, 1.5), (4, 1.2)])
+    (4.0, 0.0, None)
+
+    Args:
+        ratios: batch and speed-up over the fastest plain engine there.
+
+    Returns:
+        On a straight line over the logarithm of the batch; 0 where the smallest batch does not pay already, None where all do.
+    """
+    before: tuple[int, float] | None = None
+    for batch, ratio in sorted(ratios):
+        if ratio < 1:
+            if before is None:
+                return 0.0
+            share = (before[1] - 1) / (before[1] - ratio)
+            return float(before[0] * (batch / before[0]) ** share)
+        before = (batch, ratio)
+    return None
+
+
 def loops(tokens: Sequence[int]) -> bool:
     """Whether a generated text repeats itself so much that its acceptance says nothing.
 

@@ -83,6 +83,7 @@ class Arm:
         heads: heads that draft, for the bytes of a step; None where they change from step to step.
         one_row: whether it takes one row at a time only.
         other_weights: whether it reads weights of its own, which may be of another precision: its text may differ.
+        other_model: whether these are quantized: another model, which no speed-up is measured against whatever its text.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Arm:
     heads: int | None = 0
     one_row: bool = False
     other_weights: bool = False
+    other_model: bool = False
 
 
 @dataclass(frozen=True)

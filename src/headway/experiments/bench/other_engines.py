@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
+from headway.convert.gguf_export import export_gguf
+from headway.convert.gguf_file import UNQUANTIZED, Precision, file_type
+from headway.errors import HeadwayError
 from headway.experiments.bench.figures import until_end
 from headway.experiments.bench.generation import Arm, Generation, Limits, PromptBatch, Skipped
 from headway.model.multi_token_lm import MultiTokenLM
@@ -86,15 +89,23 @@ def _generate(
     return Generation(tokens, first=counter.first, forwards=counter.calls - 1)
 
 
-def llama_cpp(files: Sequence[Path], limits: Limits) -> list[Arm | Skipped]:
+def llama_cpp(
+    files: Sequence[Path], limits: Limits, *, export: Callable[[], Sequence[Path]] | None = None
+) -> list[Arm | Skipped]:
     """Plain decoding by llama.cpp, one arm per GGUF file.
 
     Args:
         files: exported from the same model, in any precision: the text may differ, which is counted and told.
         limits: where it stops.
+        export: makes the files where none are given.
     """
     if importlib.util.find_spec("llama_cpp") is None:
         return [Skipped("llama.cpp", "the package llama_cpp is not installed (pip install llama-cpp-python)")]
+    if not files and export is not None:
+        try:
+            files = export()
+        except HeadwayError as error:
+            return [Skipped("llama.cpp", str(error))]
     if not files:
         return [Skipped("llama.cpp", "no file; pass an export of the model with --gguf FILE")]
     made: list[Arm | Skipped] = []
@@ -104,8 +115,31 @@ def llama_cpp(files: Sequence[Path], limits: Limits) -> list[Arm | Skipped]:
             made.append(Skipped(name, f"there is no file {file.name}"))
             continue
         decode = partial(_llama_generate, _LlamaFile(file), limits)
-        made.append(Arm(name, "llama.cpp", None, True, decode, one_row=True, other_weights=True))
+        quantized = file_type(file) not in UNQUANTIZED
+        made.append(Arm(name, "llama.cpp", None, True, decode, one_row=True, other_weights=True, other_model=quantized))
     return made
+
+
+def own_exports(model: MultiTokenLM, tokenizer: Any, folder: Path) -> tuple[Path, ...]:
+    """Write the model's plain part as GGUF, in the precision that it has and in Q8_0, and return the files.
+
+    Args:
+        model: whose base is exported.
+        tokenizer: of it.
+        folder: where the files go.
+
+    Raises:
+        IncompatibleModelError: a family that the export does not know.
+        ConfigError: rows that Q8_0 cannot hold.
+    """
+    own: Precision = "bf16" if model.family.lm_head.weight.dtype == torch.bfloat16 else "f32"
+    files = []
+    precisions: tuple[Precision, ...] = (own, "q8_0")
+    for precision in precisions:
+        file = folder / f"{precision}.gguf"
+        export_gguf(model.base, tokenizer, file, name="model", precision=precision)
+        files.append(file)
+    return tuple(files)
 
 
 class _LlamaFile:

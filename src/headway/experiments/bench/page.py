@@ -10,6 +10,8 @@ from headway.experiments.bench.charts import batch_chart, batch_curves, waterfal
 from headway.experiments.bench.table import (
     WordTable,
     acceptance_table,
+    break_even_line,
+    floor_table,
     headline_lines,
     skipped_lines,
     speed_table,
@@ -33,7 +35,7 @@ _READING = (
 )
 _ACCEPTANCE_NOTE = (
     "Tokens per forward, the model's own token included: on the timed texts that do not loop, on all of them, on texts drawn at "
-    "temperature 1, and along the prompts' own text (chains only). An arm breaks even with the fastest plain engine at "
+    "temperature 1, and along the prompts' own text (drafts of one shape). An arm breaks even with the fastest plain engine at "
     "the tokens per forward that make up for its dearer forwards; acceptance on real text over that is what to expect there."
 )
 _STEP_NOTE = (
@@ -97,6 +99,10 @@ def _parts(document: Mapping[str, Any]) -> Iterator[str]:
     yield f"<h2>Where a forward's time goes</h2><p class='note'>{escape(_STEP_NOTE)}</p>"
     for batch in document["batches"]:
         yield _table(step_table(batch))
+    if (floors := floor_table(document)) is not None:
+        yield _table(floors)
+    if (line := break_even_line(document)) is not None:
+        yield f"<p>{escape(line[:1].upper() + line[1:])}.</p>"
     if skipped := skipped_lines(document):
         yield f"<h2>Not measured</h2><ul>{''.join(f'<li>{escape(line)}</li>' for line in skipped)}</ul>"
     origin = document["provenance"]

@@ -14,14 +14,14 @@ import torch
 
 from headway.decoding.compare import NEAR_TIE_GAP, first_difference, top_two_gap
 from headway.errors import ConfigError
-from headway.evaluation.acceptance import WalkAcceptance, summarize_blocks, walk_acceptance
 from headway.evaluation.json_ready import json_ready
 from headway.experiments.bench.arms import HUGGING_FACE, PLAIN, ArmOptions, build_arms, run_own
-from headway.experiments.bench.figures import Estimate, break_even, estimate, loops, paired_ratio
+from headway.experiments.bench.figures import Estimate, break_even, break_even_batch, estimate, loops, paired_ratio
 from headway.experiments.bench.generation import Arm, Limits, PromptBatch
 from headway.experiments.bench.measure import ArmRecord, Clock, Rounds, run_rounds
 from headway.experiments.bench.prompts import BenchPrompts, prompt_batches
-from headway.experiments.bench.steps import bytes_of, step_parts, weight_reader
+from headway.experiments.bench.steps import bytes_of, head_floors, step_parts, weight_reader
+from headway.experiments.bench.walks import arm_walks, chain_walks
 from headway.model.multi_token_lm import MultiTokenLM
 from headway.provenance import provenance
 
@@ -99,11 +99,12 @@ def run_bench(
         progress(f"batch {size}: parts of a step")
         batches.append(_batch_document(model, rounds, groups, limits, read_bytes=read_bytes, clock=clock))
     progress("acceptance along the prompts' own text")
-    walk = _walks(model, prompts.texts)
-    along_text = {f"chain-{one.num_draft_tokens}": one.mean_acceptance_length for one in walk}
+    walk = chain_walks(model, prompts.texts)
+    chains = {f"chain-{one.num_draft_tokens}": one.mean_acceptance_length for one in walk}
+    along_text = arm_walks(model, arms, prompts.texts)
     for document in batches:
         for figures in document["arms"]:
-            length = along_text.get(figures["arm"].partition("/")[0])
+            length = along_text.get(figures["arm"], chains.get(figures["arm"].partition("/")[0]))
             even = figures["all_texts"]["break_even_tokens_per_forward"]
             figures["sampled_tokens_per_forward"] = sampled.get(figures["arm"])
             figures["walk_tokens_per_forward"] = length
@@ -131,6 +132,8 @@ def run_bench(
             "near_tie_gap": NEAR_TIE_GAP,
         },
         "walk": [json_ready(one) for one in walk],
+        "break_even_batch": json_ready(_break_even_batches(batches)),
+        "head_floors": json_ready(head_floors(model, num_draft_tokens=max(1, model.num_future_tokens - 1))),
         "batches": json_ready(batches),
         "skipped": json_ready(skipped),
         "equal": all(not figures["unexplained_differences"] for batch in batches for figures in batch["arms"]),
@@ -167,6 +170,7 @@ def _batch_document(
             "engine": record.arm.engine,
             "executor": record.arm.executor,
             "plain": record.arm.plain,
+            "other_model": record.arm.other_model,
             "texts_without_loops": _speeds(record, fastest, counted, looping),
             "all_texts": _speeds(record, fastest, everything, None),
             **comparisons[record.arm.name],
@@ -243,7 +247,7 @@ def _compare(
             "near_ties": None,
             "largest_gap": None,
             "unexplained_differences": 0,
-            "other_text": False,
+            "other_text": record.arm.other_model,
             "changed_between_rounds": record.changed,
             "note": None,
         }
@@ -267,7 +271,7 @@ def _compare(
         # Half precision rounds blocks and single positions differently, and rounding moves the edges between tokens that
         # are drawn: told, but no error.
         "unexplained_differences": len(gaps) - near if exact else 0,
-        "other_text": len(gaps) > near if exact or record.arm.other_weights else False,
+        "other_text": record.arm.other_model or (len(gaps) > near if exact or record.arm.other_weights else False),
         "changed_between_rounds": record.changed,
         "note": next((made.note for made in record.generations if made.note), None),
     }
@@ -352,21 +356,20 @@ def _sampled(
     return found
 
 
-def _walks(model: MultiTokenLM, texts: Sequence[Sequence[int]]) -> list[WalkAcceptance]:
-    """Of chains of each length, along real text."""
-    device = next(model.parameters()).device
-    walks = []
-    for drafts in range(1, model.num_future_tokens):
-        lengths: list[int] = []
-        for text in texts:
-            walk = walk_acceptance(model, torch.tensor([list(text)], device=device), num_draft_tokens=drafts)
-            lengths += [length for length, count in enumerate(walk.length_counts, start=1) for _ in range(count)]
-        walks.append(summarize_blocks(lengths, num_draft_tokens=drafts, num_future_tokens=model.num_future_tokens))
-    return walks
+def _break_even_batches(batches: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Per arm that drafts, where its speed-up falls below 1; of a single batch nothing can be said."""
+    points: dict[str, list[tuple[int, float]]] = {}
+    for batch in batches if len(batches) > 1 else ():
+        for figures in batch["arms"]:
+            shown = figures["texts_without_loops"] or figures["all_texts"]
+            ratio = shown["over_fastest_plain"].median
+            if figures["engine"] == "headway" and not figures["plain"] and math.isfinite(ratio):
+                points.setdefault(figures["arm"], []).append((batch["batch"], ratio))
+    return {name: break_even_batch(ratios) for name, ratios in points.items() if len(ratios) > 1}
 
 
 def _expected_best(arms: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The chain that pays most along real text: its measured cost of a forward with its acceptance there."""
+    """The draft that pays most along real text: its measured cost of a forward with its acceptance there."""
     name = "expected_over_fastest_plain_along_text"
     known = [figures for figures in arms if figures[name] is not None and math.isfinite(figures[name])]
     best = max(known, key=lambda figures: float(figures[name]), default=None)

@@ -14,10 +14,14 @@ import torch
 from torch import Tensor
 
 from headway.decoding.engine import ENGINE, decoding_context
-from headway.errors import DecodingError
+from headway.errors import DecodingError, HeadwayError
 from headway.evaluation.step_bytes import StepBytes, bytes_per_step
 from headway.experiments.bench.generation import Arm, Limits, PromptBatch
 from headway.experiments.bench.measure import Clock
+from headway.experiments.heads.variants import PLAIN as NO_HEADS
+from headway.experiments.heads.variants import VARIANTS
+from headway.model.config import MultiTokenConfig
+from headway.model.memory import attached_footprint
 from headway.model.multi_token_lm import MultiTokenLM
 
 MOST_BYTES_READ = 1 << 29
@@ -115,6 +119,58 @@ def weight_reader(model: MultiTokenLM) -> tuple[Callable[[], object], int]:
         return words.sum()
 
     return read, words.numel() * 8
+
+
+@dataclass(frozen=True)
+class HeadFloor:
+    """What one kind of heads adds to the bytes of a plain step, each weight read once.
+
+    Attributes:
+        heads: name of the kind (`headway experiments heads`).
+        bytes: weights of base and heads.
+        over_plain: over those of a plain step: the least that a drafting step can cost where memory is the limit.
+    """
+
+    heads: str
+    bytes: int
+    over_plain: float
+
+
+def head_floors(model: MultiTokenLM, *, num_draft_tokens: int) -> tuple[HeadFloor, ...]:
+    """The byte floor of each kind of heads on this model's base; kinds that the base cannot have are left out.
+
+    Counted on torch's meta device: no heads are made. Tables that are looked up, of which a step reads rows, do not count.
+
+    Args:
+        model: whose base and precision count.
+        num_draft_tokens: heads of each kind.
+    """
+    weight = model.family.lm_head.weight
+    plain = plain_step_parameters(model) * weight.element_size()
+    floors = []
+    for variant in VARIANTS.values():
+        fields = {name: value for name, value in variant.fields.items() if name != "num_future_tokens"}
+        if variant.name == NO_HEADS:
+            continue
+        try:
+            config = MultiTokenConfig(
+                num_future_tokens=num_draft_tokens + 1, allow_base_change=fields.get("wiring") == "anticausal", **fields
+            )
+            found = attached_footprint(model.base.config, config, dtype=weight.dtype)
+        except HeadwayError:
+            continue
+        looked_up = weight.shape[0] * int(fields.get("markov_rank", 0))
+        heads = (found.head_parameters - looked_up) * weight.element_size()
+        floors.append(HeadFloor(variant.name, plain + heads, (plain + heads) / plain))
+    return tuple(floors)
+
+
+def plain_step_parameters(model: MultiTokenLM) -> int:
+    """Weights that a plain step reads: all of the base, its table of embeddings only where it is the unembedding too."""
+    table: Any = model.get_input_embeddings()
+    untied = table.weight.data_ptr() != model.family.lm_head.weight.data_ptr()
+    every: int = sum(parameter.numel() for parameter in model.base.parameters())
+    return every - int(table.weight.numel()) if untied else every
 
 
 def bytes_of(model: MultiTokenLM, arm: Arm, prompt: list[int]) -> StepBytes | None:

@@ -136,6 +136,30 @@ def step_table(batch: Mapping[str, Any]) -> WordTable:
     )
 
 
+def floor_table(document: Mapping[str, Any]) -> WordTable | None:
+    """Bytes that a step with each kind of heads reads at least; None where there are none."""
+    rows = [
+        (floor["heads"], f"{floor['bytes'] / 1e6:.2f}", times(floor["over_plain"])) for floor in document["head_floors"]
+    ]
+    if not rows:
+        return None
+    drafts = max(1, document["num_future_tokens"] - 1)
+    title = f"Least bytes of a step that drafts {drafts}, by kind of heads on this base"
+    return WordTable(title, ("heads", "MB read", "over a plain step"), rows)
+
+
+def break_even_line(document: Mapping[str, Any]) -> str | None:
+    """Up to which batch drafts pay; None where only one batch was measured."""
+    found = document["break_even_batch"]
+    if not found:
+        return None
+    largest = max(batch["batch"] for batch in document["batches"])
+    said = []
+    for name, batch in found.items():
+        said.append(f"{name} {f'more than {largest}' if batch is None else 'none' if batch == 0 else f'{batch:.1f}'}")
+    return f"drafts pay up to a batch of: {', '.join(said)}"
+
+
 def walk_table(document: Mapping[str, Any]) -> WordTable | None:
     """Acceptance along real text; None for a model without heads."""
     if not document["walk"]:
@@ -162,7 +186,7 @@ def verdict(figures: Mapping[str, Any]) -> str:
         return "drawn anew"
     differing, near = figures["differing_rows"], figures["near_ties"]
     if not differing:
-        return "identical"
+        return "identical, another model" if figures.get("other_model") else "identical"
     rows = f"{differing} row{'' if differing == 1 else 's'} differ{'s' if differing == 1 else ''}"
     if near == differing:
         return f"{rows}: near-tie"
@@ -221,9 +245,11 @@ def bench_tables(document: Mapping[str, Any]) -> Iterator[RenderableType]:
         if (acceptance := acceptance_table(batch)) is not None:
             yield rich_table(acceptance)
         yield rich_table(step_table(batch))
-    walk = walk_table(document)
-    if walk is not None:
-        yield rich_table(walk)
+    for table in (walk_table(document), floor_table(document)):
+        if table is not None:
+            yield rich_table(table)
+    if (line := break_even_line(document)) is not None:
+        yield Text(line)
     for line in skipped_lines(document):
         yield Text(line, style="dim")
     for batch in document["batches"]:
