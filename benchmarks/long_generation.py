@@ -1,4 +1,4 @@
-"""16,384 new tokens of one text: whether memory per token stays flat, and what time per token grows with.
+"""16,384 new tokens of one text: whether memory per token stays flat, and how its time grows.
 
 A tiny random model decodes plainly and with drafts on both executors. After every 1,024 tokens: resident memory, bytes of keys
 and values that are allocated, what was foreseen for them at the limit (`headway.model.memory.cache_footprint`), and the median

@@ -1,4 +1,4 @@
-"""Whether drafts ever change a text: random requests against plain decoding and against transformers, counted.
+"""Whether drafts ever change a text: random requests against plain decoding and transformers.
 
 Every case is a function of its number and the seed: a tiny model (13 families, 19 kinds of heads), prompts, limits, end tokens,
 stop strings, processors, sampling, a batch with padding on both sides, an executor and a draft of any kind. In float64 all ways

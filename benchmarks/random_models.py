@@ -1,4 +1,4 @@
-"""Tiny random models for the random cases: every supported family, every architecture of heads, made on the spot.
+"""Tiny random models for the random cases: every supported family and architecture of heads.
 
 A model is named by a `ModelSpec`, which says everything about it; `build` makes the same weights from the same spec, in any
 dtype. Weights are drawn large, so that logits differ well beyond rounding, and norms and biases are moved from their constants.

@@ -1,6 +1,7 @@
-"""Random requests to `generate`: prompts, limits, ends, processors, drafts, batches, executors; each a function of its number.
+"""Random requests to `generate`, each a function of its number.
 
-A `Case` says everything about one request in plain values, so that it can be written to JSON and made again alone.
+Prompts, limits, ends, processors, drafts, batches and executors are drawn. A `Case` says everything about one request in plain
+values, so that it can be written to JSON and made again alone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The same seed gives a row the same text whatever else is in the batch: other prompts, other seeds, any number of rows."""
+"""The same seed gives a row the same text whatever else is in the batch."""
 
 from __future__ import annotations
 

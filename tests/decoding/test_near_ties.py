@@ -1,4 +1,4 @@
-"""What reduced precision promises: bit-equal decoding where the lean kernel runs, and elsewhere a report that explains."""
+"""Reduced precision: bit-equal decoding on the lean kernel, elsewhere a report that explains."""
 
 from __future__ import annotations
 

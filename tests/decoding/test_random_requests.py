@@ -1,4 +1,4 @@
-"""Random requests (`benchmarks/random_cases.py`): one text whatever the drafts, and planted mistakes that would be seen."""
+"""Random requests: one text whatever the drafts, and planted mistakes that are seen."""
 
 from __future__ import annotations
 
