@@ -82,6 +82,11 @@ DRAFTING_FLAGS: tuple[Callable[[Command], Command], ...] = (
     ),
     EXECUTOR_FLAG,
     click.option(
+        "--weights",
+        type=click.Choice(["own", "int8"]),
+        help="With --executor lean: the model's own weights (default), or rounded to int8, which is another model and says so.",
+    ),
+    click.option(
         "--prefill-chunk-tokens",
         type=click.IntRange(min=1),
         help="Most tokens of a prompt that one forward reads; longer prompts are read in pieces. Default: 1024.",
