@@ -1,4 +1,4 @@
-"""Weights as int8 with one scale per output: another model than the checkpoint, near to it, and half to a quarter of the bytes.
+"""Weights as int8 with one scale per output: another model than the checkpoint, of fewer bytes.
 
 Legend: O outputs, D inputs, P inputs padded to a multiple of 64.
 

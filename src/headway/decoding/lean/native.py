@@ -1,4 +1,4 @@
-"""Our C++ kernel: compiled at first use where a compiler is present, and kept in the user's cache folder.
+"""Our C++ kernel: compiled at first use, and kept in the user's cache folder.
 
 The kernel is compiled for the processor that it will run on, so its paths (AMX tiles, AVX-512 with and without products of
 bfloat16, AVX2 with FMA) are chosen by what that processor says of itself; a file is used again only where that is the same.

@@ -1,4 +1,4 @@
-"""Decoder layers by one call of our C++ kernel: what a step of a small model costs is then its arithmetic, not its calls.
+"""Decoder layers by one call of our C++ kernel: a small model's step costs arithmetic, not calls.
 
 Legend: B rows, M positions of one forward, D width, L layers, S visible slots, r rotated width of a head.
 
