@@ -368,7 +368,15 @@ class Engine:
     ) -> DraftController:
         """One that knows what earlier generations of the same model, batch size and kind of decoding saw."""
         drafts = (plan.heads, plan.tree, plan.lookup, plan.sampled)
-        kind = (type(executor), batch, drafts, chooser, do_sample, torch.get_num_threads())
+        kind = (
+            type(executor),
+            getattr(executor, "way", None),
+            batch,
+            drafts,
+            chooser,
+            do_sample,
+            torch.get_num_threads(),
+        )
         known = self._experience.setdefault(model, {})
         experience = known.setdefault(kind, Experience(ForwardCosts(batch=batch)))
         # How often a drawn draft is accepted cannot be seen from the text.
