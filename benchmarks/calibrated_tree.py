@@ -174,7 +174,8 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     counts, differing = {}, {}
     for repeat in range(arguments.repeats + 1):
-        spent, made = dict.fromkeys(arms, 0.0), {name: [] for name in arms}
+        spent = dict.fromkeys(arms, 0.0)
+        made: dict[str, list[Any]] = {name: [] for name in arms}
         forwards = dict.fromkeys(arms, 0)
         for number, prompt_T in enumerate(prompts_WT):
             turn = (repeat + number) % len(arms)

@@ -52,7 +52,7 @@ RIGHT = {
 STUDENT = {1: 6.314, 2: 2.920, 3: 2.353, 4: 2.132, 6: 1.943, 9: 1.833, 14: 1.761, 19: 1.729, 29: 1.699, 59: 1.671}
 
 
-class Alternating(LogitsProcessor):
+class Alternating(LogitsProcessor):  # type: ignore[misc]
     """Sharpens the scores in every other part of the new text and flattens them in the parts between."""
 
     def __init__(self, prompt: int, temperature: float) -> None:
@@ -229,7 +229,7 @@ def fitting_tokens(case: Case, arms: dict[str, int | str], arguments: argparse.N
     cost = sum(min(case.decode(arm, seed=0)[0] for _ in range(2)) for arm in arms.values()) / PART
     share = 60 * arguments.minutes / (len(arguments.batches) * len(arguments.texts))
     parts = int(share / (cost * (arguments.repeats + 1)) / (2 * PART))
-    return 2 * PART * max(1, min(parts, arguments.tokens // (2 * PART)))
+    return int(2 * PART * max(1, min(parts, arguments.tokens // (2 * PART))))
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -31,6 +31,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -173,9 +174,8 @@ def needed_bytes(model: Any, *, batch: int, context: int, drafts: int) -> int:
     layers = config.num_hidden_layers + (model.heads.cache_layers(drafts) if drafts else 0)
     size = unembedding.element_size()
     cache = 2 * batch * context * layers * width * size
-    return (
-        sum(weight.numel() * size for weight in weights.values()) + batch * (1 + drafts) * table.shape[1] * size + cache
-    )
+    read: int = sum(weight.numel() * size for weight in weights.values())
+    return int(read + batch * (1 + drafts) * table.shape[1] * size + cache)
 
 
 def host_step(executor: EagerExecutor, block_BM: Tensor, context: int, drafts: int) -> None:
@@ -253,11 +253,17 @@ def step_times(model: Any, lean: LeanModel, setting: Setting, *, batch: int, dra
 # ---------------------------------------------------------------------------------------------------------------- speed
 
 
+def forget_graphs(model: Any) -> None:
+    """Give back the graphs of a model, where it has any."""
+    lean = lean_model(model)
+    if isinstance(lean, LeanModel):
+        graphs_executor.forget(lean)
+
+
 @contextmanager
 def simulated(model: Any, device: torch.device) -> Iterator[Callable[[float], None]]:
     """Let as many drafts of a block stand as a table says; the function that is given sets its mean tokens per forward."""
     table_T = torch.zeros(64, dtype=torch.long, device=device)
-    lean = lean_model(model)
     real = GraphExecutor._emit
 
     def emit(self: GraphExecutor, block_BM: Tensor, target_BM: Tensor) -> Emitted:
@@ -278,13 +284,13 @@ def simulated(model: Any, device: torch.device) -> Iterator[Callable[[float], No
         table_T.copy_(torch.tensor(places))
 
     # Graphs that were captured with the true rule would go on with it, and the other way round.
-    graphs_executor.forget(lean)
+    forget_graphs(model)
     GraphExecutor._emit = emit  # type: ignore[method-assign]
     try:
         yield set_mean
     finally:
         GraphExecutor._emit = real  # type: ignore[method-assign]
-        graphs_executor.forget(lean)
+        forget_graphs(model)
 
 
 def decode(model: Any, ids_BP: Tensor, *, new: int, **options: Any) -> tuple[float, Any]:
@@ -329,9 +335,12 @@ def ratios(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
 def simulated_speed(model: Any, setting: Setting, *, batch: int) -> dict[str, Any]:
     """Tokens per second without drafts by every arm, and with drafts at simulated acceptance."""
     ids_BP = torch.randint(0, setting.shape["vocab_size"], (batch, setting.context), device=setting.device)
-    plain = {
-        f"plain, {name}": lambda name=name: decode(model, ids_BP, new=setting.new, num_draft_tokens=0, executor=name)[0]
-        for name in ("eager", "lean", "graph")
+
+    def undrafted(executor: str) -> float:
+        return decode(model, ids_BP, new=setting.new, num_draft_tokens=0, executor=executor)[0]
+
+    arms: dict[str, Callable[[], float]] = {
+        f"plain, {name}": partial(undrafted, name) for name in ("eager", "lean", "graph")
     }
     with simulated(model, setting.device) as set_mean:
         per_forward: dict[float, float] = {}
@@ -342,8 +351,8 @@ def simulated_speed(model: Any, setting: Setting, *, batch: int) -> dict[str, An
             per_forward[mean] = result.acceptance.mean_acceptance_length
             return speed
 
-        arms = plain | {
-            f"drafts, graph, {mean:g} tokens per forward (simulated)": lambda mean=mean: drafted(mean)
+        arms |= {
+            f"drafts, graph, {mean:g} tokens per forward (simulated)": partial(drafted, mean)
             for mean in setting.lengths
         }
         found = taking_turns(arms, setting.turns)
@@ -370,9 +379,7 @@ def measured_speed(model: Any, prompts: Sequence[Tensor], setting: Setting) -> d
                 lengths.append(result.acceptance.mean_acceptance_length)
             return speed
 
-        found = taking_turns(
-            {"plain": lambda run=run: run("plain", 0), "drafts": lambda run=run: run("drafts", None)}, setting.turns
-        )
+        found = taking_turns({"plain": partial(run, "plain", 0), "drafts": partial(run, "drafts", None)}, setting.turns)
         for name, own in found.items():
             rows[name].append(statistics.median(own))
         identical += texts["plain"] == texts["drafts"]
@@ -429,7 +436,7 @@ def differences(model: Any, ids_BP: Tensor, found: Tensor, expected: Tensor) -> 
 def lossless(model: Any, setting: Setting) -> dict[str, Any]:
     """See the module's docstring."""
     ids_BP = torch.randint(0, model.config.vocab_size, (4, setting.context), device=setting.device)
-    graphs_executor.forget(lean_model(model))
+    forget_graphs(model)
     _, replayed = decode(model, ids_BP, new=setting.new, executor="graph")
     with graph_settings(capture=call_instead):
         _, called = decode(model, ids_BP, new=setting.new, executor="graph")
@@ -441,7 +448,7 @@ def lossless(model: Any, setting: Setting) -> dict[str, Any]:
     }
     wide = model.float()
     _, eager = decode(wide, ids_BP, new=setting.new, num_draft_tokens=0, executor="eager")
-    graphs_executor.forget(lean_model(wide))
+    forget_graphs(wide)
     with right_drafts(eager.sequences[:, setting.context :]):
         _, drafted = decode(wide, ids_BP, new=setting.new, executor="graph")
     found = differences(wide, ids_BP, drafted.sequences, eager.sequences)
@@ -549,7 +556,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"no lean layers to capture: {lean}", file=sys.stderr)
             return 1
         rate = document["bandwidth"]["bytes_per_second"]
-        steps = []
+        steps: list[dict[str, Any]] = []
         with decoding_context(model):
             for batch in setting.batches:
                 for drafts in (0, DRAFTS):

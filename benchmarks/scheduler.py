@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import statistics
 import sys
@@ -30,6 +31,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from headway.decoding.handles import RequestHandle
 from headway.decoding.requests import Completion, Request
 from headway.decoding.scheduler import Scheduler
 from headway.model.multi_token_lm import MultiTokenLM
@@ -46,7 +48,7 @@ def make_requests(
     rng = random.Random(seed)
 
     def length(limits: Sequence[int]) -> int:
-        return round(limits[0] * (limits[1] / limits[0]) ** rng.random())
+        return round(limits[0] * math.exp(rng.random() * math.log(limits[1] / limits[0])))
 
     asked = []
     for _ in range(count):
@@ -89,12 +91,9 @@ def continuous(
     model: Any, asked: list[Request], arrivals: list[float], *, rows: int, options: dict[str, Any]
 ) -> Served:
     """Continuous admission."""
-    scheduler, clock, handles, delays = (
-        Scheduler(model, max_rows=rows, max_waiting=len(asked), **options),
-        Clock(),
-        [],
-        [],
-    )
+    scheduler, clock = Scheduler(model, max_rows=rows, max_waiting=len(asked), **options), Clock()
+    handles: list[RequestHandle] = []
+    delays: list[float] = []
     while len(handles) < len(asked) or not scheduler.idle:
         while len(handles) < len(asked) and arrivals[len(handles)] <= clock():
             delays.append(clock() - arrivals[len(handles)])
@@ -110,7 +109,8 @@ def in_groups(
     asked: list[Request], arrivals: list[float], rows: int, serve: Callable[[list[Request], list[float], Clock], Served]
 ) -> Served:
     """Take whoever has arrived, serve them to their end, and look again."""
-    clock, served = Clock(), []
+    clock = Clock()
+    served: Served = []
     while len(served) < len(asked):
         begin = len(served)
         clock.wait_until(arrivals[begin])
