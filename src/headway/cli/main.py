@@ -51,7 +51,7 @@ COMMANDS = {
     ),
     "bench": CommandEntry("headway.cli.bench", "bench_command", "Measure every way to decode a model on this machine."),
     "calibrate": CommandEntry(
-        "headway.cli.calibrate", "calibrate_command", "Fit a model's candidate tree to a text and to this machine."
+        "headway.cli.calibrate", "calibrate_command", "Fit a model's drafts to a text and to this machine."
     ),
     "info": CommandEntry(
         "headway.cli.info", "info_command", "Show versions and device, or what a model costs in memory."

@@ -1,4 +1,4 @@
-"""A batch whose rows come and go: `DecodingLoop` with limits of each row, joined and cut between two forwards.
+"""A batch whose rows come and go: `DecodingLoop` with limits of each row, joined and cut.
 
 Newcomers are a batch of their own until their prompts are read. That gives each its first token and its draft, as it would
 alone; then their rows are appended to the batch that is under way. A row that leaves is replaced by the last one, so the batch
@@ -96,7 +96,8 @@ class ChangingBatch(DecodingLoop):
     def _num_offsets(self, longest: int) -> int:
         if self._block is None and self.reads_all_heads:
             return 1 + self.num_heads
-        return super()._num_offsets(longest)
+        # Not fewer near the rows' ends: a newcomer may join before them, and then the heads go on drafting for all.
+        return 1 + min(self.num_heads, longest)
 
     def _lag(self) -> float:
         # Rows begin and end at different times, and nobody waits for the last one.

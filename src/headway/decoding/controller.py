@@ -1,4 +1,4 @@
-"""How long the next draft should be, from measured costs and acceptance, within a budget for what drafting may lose.
+"""How long the next draft should be, within a budget for what drafting may lose.
 
     speed(k) = (1 + a_1 + a_1 a_2 + ... + a_1 .. a_k) / cost(k)         times as fast as plain decoding, with drafts of k tokens
 

@@ -1,4 +1,4 @@
-"""Drafts from a part of the vocabulary: heads score only some rows of the unembedding, verification scores all.
+"""Drafts from a part of the vocabulary: heads score some rows, verification scores all.
 
 Legend: V vocabulary, S tokens of the part.
 

@@ -1,4 +1,4 @@
-"""Continuous admission: requests come and go while others are decoded, and nobody's text depends on who else is there.
+"""Continuous admission: requests come and go, and no text depends on who else is there.
 
     submit -> queue -> reading (own forwards, one piece of a prompt per step) -> batch under way -> completion
                  ^ first come, first served           one forward per step for all its rows ^   |
@@ -217,7 +217,8 @@ class Scheduler:
         with self._stepping:
             begin = self._clock()
             emitted: list[Emitted] = []
-            self._let_cancelled_go(emitted)
+            with torch.inference_mode():
+                self._let_cancelled_go(emitted)
             self._admit(emitted)
             rows = decoded = 0
             if self._reading is not None or self._batch is not None:

@@ -1,4 +1,4 @@
-"""Trees whose candidates depend on the path: of fixed shape, or shaped by the draft's own probabilities.
+"""Trees whose candidates depend on the path: of fixed shape, or shaped by probabilities.
 
 Legend: B rows, X open nodes of one depth, Y nodes of the next, R nodes of a tree, C candidates per node, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""What a forward costs: measured on steps of the real loop that take turns, and kept as monotone tables.
+"""What a forward costs, measured on steps of the real loop that take turns: monotone tables.
 
 Legend: B rows, T positions of a prompt, m drafted tokens of a forward, the root not counted.
 """

@@ -125,7 +125,7 @@ class PathValues:
         has a larger sum. Taking the likeliest path next, again and again, finds them, and all smaller optima on the way.
 
         >>> PathValues(torch.tensor([[0, 0], [0, 1], [1, 0], [0, 0]]), num_ranks=2, smoothing=0).grow(nodes=3, depth=2)
-        Growth(paths=((0,), (0, 0), (0, 1)), values=(0.75, 0.5, 0.25))
+        Growth(paths=((0,), (0, 0), (1,)), values=(0.75, 0.5, 0.25))
         """
         chosen = list(self._in_order(nodes, min(depth, self.num_heads)))
         return Growth(tuple(path for path, _ in chosen), tuple(value for _, value in chosen))

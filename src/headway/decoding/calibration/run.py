@@ -1,4 +1,4 @@
-"""`calibrate`: measure a model on this machine, solve for its fastest draft, and store that with the checkpoint.
+"""`calibrate`: measure a model on this machine, solve for its fastest draft, and store that.
 
 Legend: W windows of a text, V vocabulary, K heads.
 """

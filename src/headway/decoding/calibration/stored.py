@@ -1,4 +1,4 @@
-"""`mtp/calibration.json`: what was measured of a checkpoint, one entry for each machine and way to run it.
+"""`mtp/calibration.json`: what was measured of a checkpoint, an entry for each machine and way.
 
 An entry counts only where everything in its key is as it was when it was made, and only for the heads that it was made of.
 The file is written aside and moved; nothing else of the checkpoint changes.

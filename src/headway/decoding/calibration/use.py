@@ -1,4 +1,4 @@
-"""`tree="calibrated"`: the tree and the draft vocabulary that `headway calibrate` stored for this machine."""
+"""`tree="calibrated"`: the tree and draft vocabulary that `headway calibrate` stored for a machine."""
 
 from __future__ import annotations
 

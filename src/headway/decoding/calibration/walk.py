@@ -1,4 +1,4 @@
-"""What a draft would have brought along a text of the model's own: block after block, as decoding goes.
+"""What a draft would have brought along a text of the model's own, block after block.
 
 Legend: T starts of one text, in order; K heads.
 

@@ -1,4 +1,4 @@
-"""What the reference model does: loss, acceptance, speed beside other engines, and loss against speed beside plain models.
+"""What the reference model does: loss, acceptance, and speed beside other engines and models.
 
 Every part is a function that returns a JSON-ready record, so that a caller can keep each at once and go on after a stop.
 

@@ -1,4 +1,4 @@
-"""Pages of the reference model, written from its record and from what was measured: no figure is typed."""
+"""Pages of the reference model, written from its record and measurements: no figure is typed."""
 
 from __future__ import annotations
 
