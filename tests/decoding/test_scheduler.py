@@ -172,7 +172,8 @@ def test_caches_of_base_and_heads_hold_what_a_full_forward_says(options, monkeyp
         worst, rows = _difference_of_caches(scheduler, model)
         assert worst < 1e-5
         compared.append(rows)
-    assert max(compared) == 3
+    # Prompts that are read piece by piece enter one after the other, when the first rows have left.
+    assert max(compared) == (2 if options == "pieces" else 3)
     assert sum(compared) > 8
 
 
