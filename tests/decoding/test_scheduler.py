@@ -202,4 +202,4 @@ def test_float32_texts_differ_only_at_near_ties(arrivals, rows, executor):
     found = serve(Scheduler(model, max_rows=rows, executor=executor), greedy)
     expected = [alone(model, request) for _, request in greedy]
     prompts = [torch.tensor([list(request.prompt)]) for _, request in greedy]
-    assert near_ties(model, prompts, [completion.tokens for completion in found], expected) < len(greedy)
+    assert near_ties(model, prompts, [completion.tokens for completion in found], expected) <= 1
