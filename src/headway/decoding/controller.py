@@ -90,8 +90,9 @@ CHECK_EVERY, CHECKS = 64, 3
 FIRST_CHECK = 12
 """The same in a generation that began with drafts."""
 
-SMALL_ADVANTAGE = 1.25
-"""An advantage from here on is not checked."""
+SMALL_ADVANTAGE, CHECK_LARGE_EVERY = 1.25, 256
+"""An advantage from here on is checked after so many forwards only, over generations: it is large only if plain decoding is as
+slow as it seemed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,7 +367,9 @@ class DraftController:
         best = self._best(WORTH_KEEPING)
         if best == 0:
             self._rest(failed=max(self.speeds()) < WORTH_KEEPING)
-        elif self._since_check >= CHECK_EVERY and self.speeds()[best] < SMALL_ADVANTAGE:
+        elif self._since_check >= CHECK_EVERY and (
+            self.speeds()[best] < SMALL_ADVANTAGE or self._costs.plain_age >= CHECK_LARGE_EVERY
+        ):
             # The first of them still verifies a draft, the others are measured.
             self._since_check, self._checking, self._checked_length = 0, CHECKS + 1, best
             return 0
