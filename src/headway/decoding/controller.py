@@ -213,7 +213,7 @@ class DraftController:
         self._verifying = 0
         self._resting = True
         self._trying = False
-        self._tried_length = longest
+        self._trial_cost = 0.0
         self._heard = False
         self._idle = 0
         self._wait = 0
@@ -409,7 +409,7 @@ class DraftController:
         if not self._costs.plain_known:
             # Plain decoding is measured first. A trial after the prefill costs next to nothing.
             if beginning:
-                self._begin_trial(self.longest)
+                self._begin_trial(self.longest, cost=0.0)
             return 0
         if self._heard or beginning:
             self._heard = False
@@ -421,10 +421,9 @@ class DraftController:
                     self._since_check = 0
                 return best
             if beginning:
-                self._begin_trial(self.longest)
+                self._begin_trial(self.longest, cost=0.0)
             elif not self._trying:
-                cost = self._costs.relative(0, self._tried_length) - 1
-                self._idle, self._wait = 0, max(self._next_wait, int(cost / TRIAL_SHARE))
+                self._idle, self._wait = 0, max(self._next_wait, int(self._trial_cost / TRIAL_SHARE))
                 self._next_wait = min(2 * self._next_wait, LONGEST_WAIT)
             return 0
         if self._trying:
@@ -441,15 +440,15 @@ class DraftController:
         cost = {length: self._costs.relative(0, length) - 1 for length in range(1, self.longest + 1)}
         affordable = [p for p in cost if cost[p] <= spare and (p == 1 or cost[p] <= TRIAL_COST)]
         if affordable:
-            self._begin_trial(affordable[-1])
+            self._begin_trial(affordable[-1], cost=cost[affordable[-1]])
         else:
             self._idle, self._wait = 0, SHORTEST_WAIT
         return 0
 
-    def _begin_trial(self, length: int) -> None:
+    def _begin_trial(self, length: int, *, cost: float) -> None:
         if not self._can_try:
             return
         self._tried, self._right = [0.0] * self.longest, [0.0] * self.longest
         self._prior = DOUBT
-        self.trial, self._trying, self._tried_length = length, True, length
+        self.trial, self._trying, self._trial_cost = length, True, cost
         self.trials += 1
