@@ -231,8 +231,7 @@ LAWS = {
 }
 
 
-@pytest.fixture(scope="module")
-def four_token_model():
+def four_token_model_of(**heads):
     torch.manual_seed(2)
     config = LlamaConfig(
         vocab_size=TOKENS,
@@ -247,7 +246,12 @@ def four_token_model():
         eos_token_id=None,
     )
     base = LlamaForCausalLM(config).eval()
-    return attach_heads(base, MultiTokenConfig(num_future_tokens=4, head_init="fresh"))
+    return attach_heads(base, MultiTokenConfig(num_future_tokens=4, head_init="fresh", **heads))
+
+
+@pytest.fixture(scope="module")
+def four_token_model():
+    return four_token_model_of()
 
 
 def _law(model, prompt, options):
@@ -293,11 +297,11 @@ def _chi_square(texts, law):
     return _p_value(sum((found - wanted) ** 2 / wanted for found, wanted in cells), len(cells) - 1)
 
 
-def _p_values(model, drafts):
+def _p_values(model, drafts, laws=LAWS):
     """One per setting and row of a batch of two prompts."""
     prompts = torch.tensor([[0, 2, 1], [3, 3, 0]])
     values = []
-    for number, options in enumerate(LAWS.values()):
+    for number, options in enumerate(LAWS[law] for law in laws):
         out = model.generate(
             prompts,
             do_sample=True,
@@ -345,6 +349,61 @@ def test_this_test_would_notice_numbers_that_are_used_twice(four_token_model, mo
 
     monkeypatch.setattr(KeyedDraws, "draft", reused)
     assert _holm(_p_values(four_token_model, DRAWN["tokenwise"]))
+
+
+# A limit leaves one drawn draft fewer to decide about than it has room for, so only texts of four tokens reach a second depth.
+PATHS = {
+    "heads that draft at once": {"heads": "linear"},
+    "a Markov bias": {"heads": "linear", "markov_rank": 4},
+    "hydra": {"heads": "hydra"},
+}
+"""What the candidates of a node depend on: its depth, the token before, or its whole path."""
+DRAWN_TREES = [
+    ("heads that draft at once", "drawn tree", "warm, top-p"),
+    ("a Markov bias", "drawn tree", "temperature 1"),
+    ("hydra", "drawn tree", "cool, repetition penalty"),
+    ("hydra", "block", "temperature 1"),
+]
+
+
+def _p_values_of(heads, drafts, law):
+    model = four_token_model_of(**PATHS[heads])
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # what starts at zero, as a Markov bias does, would let all paths say the same
+        for parameter in model.heads.parameters():
+            parameter.add_(0.7 * torch.randn(parameter.shape, generator=generator))
+    return _p_values(model, DRAWN[drafts], [law])
+
+
+@pytest.fixture
+def two_depths(monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "NEW", 4)
+    monkeypatch.setattr(sys.modules[__name__], "DRAWS", 600)
+
+
+@pytest.mark.usefixtures("two_depths")
+def test_trees_drawn_by_heads_of_every_kind_follow_the_models_law():
+    values = [value for case in DRAWN_TREES for value in _p_values_of(*case)]
+    assert len(values) == 8
+    assert not _holm(values), sorted(values)[:5]
+
+
+@pytest.mark.usefixtures("two_depths")
+@pytest.mark.parametrize("case", DRAWN_TREES[1:3], ids=lambda case: case[0])
+def test_this_test_would_notice_draft_probabilities_of_another_path(case, monkeypatch):
+    block = DrawnDrafter.block
+
+    def crossed(self, standing, last_B1, *, depth):
+        # The two nodes of the first depth account for their children by each other's distribution: no mistake, and not
+        # noticed, where heads draft at once.
+        found = block(self, standing, last_B1, depth=depth)
+        probs = [
+            {node: own.get({1: 2, 2: 1}.get(node, node), q) for node, q in own.items()} for own in found.draft_probs
+        ]
+        return replace(found, draft_probs=probs)
+
+    monkeypatch.setattr(DrawnDrafter, "block", crossed)
+    assert _holm(_p_values_of(*case))
 
 
 # ------------------------------------------------------------------------------------- lengths that a controller chooses
