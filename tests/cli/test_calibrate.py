@@ -39,7 +39,7 @@ def text(tmp_path):
 
 def test_calibrate_measures_shows_stores_and_draws(headway, folder, text, tmp_path):
     plot = tmp_path / "plot.svg"
-    run = Run(*headway("calibrate", folder, text, *QUICK, "--lookup", "--plot", plot))
+    run = Run(*headway("calibrate", folder, text, *QUICK, "--keep-loops", "--lookup", "--plot", plot))
     assert run.status == 0, run.stderr
     document = json.loads(run.stdout.splitlines()[-1])
     assert document["stored"] is True
@@ -56,7 +56,7 @@ def test_calibrate_measures_shows_stores_and_draws(headway, folder, text, tmp_pa
         "chosen:",
     ):
         assert words in run.stderr
-    assert "2 of 2 continuations end in a loop" in run.stderr
+    assert "2 continuations loop, which is easy to draft for: counted as asked" in run.stderr
     assert plot.read_text().startswith("<svg")
     stored = json.loads((folder / CALIBRATION_FILE).read_text())
     assert [entry["tree"] for entry in stored["entries"]] == [document["tree"]]
@@ -96,6 +96,8 @@ def test_drafts_from_a_file_of_tokens_change_nothing_in_the_text(headway, folder
         (("--draft-vocabularies", "x"), "sizes separated by commas"),
         (("--new-tokens", 100), "do not fit into the 64"),
         (("--new-tokens", 2), "before a draft could be seen whole"),
+        ((), "all 2 continuations loop"),
+        (("--against", "text", "--temperature", 1), "leave it out"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(headway, folder, text, flags, message):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from headway.decoding.calibration import run as calibration_run
 from headway.decoding.calibration import use
 from headway.decoding.calibration.cost import StepSeconds, measure_steps
-from headway.decoding.calibration.ranks import own_continuations, ranked_text, text_windows
+from headway.decoding.calibration.ranks import own_continuations, ranked_text, sampling_arguments, text_windows
 from headway.decoding.calibration.run import CalibrationOptions, calibrate
 from headway.decoding.calibration.stored import (
     CALIBRATION_FILE,
@@ -32,7 +33,15 @@ from tiny_models import VOCABULARY, random_tokens, tiny_model
 
 WORDS = torch.randint(1, VOCABULARY, (5, 6), generator=torch.Generator().manual_seed(0))
 OPTIONS = CalibrationOptions(
-    executor="eager", windows=4, prompt_tokens=8, new_tokens=40, most_nodes=6, num_ranks=3, rounds=1, steps=2
+    executor="eager",
+    keep_loops=True,
+    windows=4,
+    prompt_tokens=8,
+    new_tokens=40,
+    most_nodes=6,
+    num_ranks=3,
+    rounds=1,
+    steps=2,
 )
 
 
@@ -102,20 +111,38 @@ def checksums(folder: Path) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------- what is measured
 
 
-@pytest.mark.parametrize("heads", [{"heads": "linear"}, {"heads": "linear", "markov_rank": 4}, {"heads": "hydra"}])
-def test_replayed_decoding_is_what_decoding_does_on_the_same_text(heads):
+@pytest.mark.parametrize(
+    ("heads", "temperature"),
+    [
+        ({"heads": "linear"}, 0.0),
+        ({"heads": "linear"}, 1.0),
+        ({"heads": "linear", "markov_rank": 4}, 0.0),
+        ({"heads": "hydra"}, 0.0),
+    ],
+)
+def test_replayed_decoding_is_what_decoding_does_on_the_same_text(heads, temperature):
     """Tokens per forward of a chain and of trees, with and without copies: equal but for the end of each text."""
     model = train(tiny_model(dtype=torch.float64, **heads), steps=40)
     prompts_WT = text_windows(TEXT, count=4, length=8)
     new = 60
-    texts = own_continuations(model, prompts_WT, new_tokens=new, executor="eager", batch=2)
+    texts = own_continuations(
+        model,
+        prompts_WT,
+        new_tokens=new,
+        executor="eager",
+        batch=1 if temperature else 2,
+        temperature=temperature,
+        seed=5,
+    )
     ranked = [one for own in texts for one in ranked_text(model, own, prompt_tokens=8, num_ranks=4, written=True)]
     branching = Tree.from_choices([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 1, 0)])
     for tree, lookup in ((Tree.chain(3), 0), (branching, 0), (branching, 5)):
         walks = [walk_tree([own], tree, lookup=lookup, ngram=2) for own in ranked]
-        for prompt_T, own, walk in zip(prompts_WT, ranked, walks, strict=True):
+        decoded = []
+        for window, (prompt_T, own, walk) in enumerate(zip(prompts_WT, ranked, walks, strict=True)):
             result = model.generate(
                 prompt_T[None],
+                **sampling_arguments(temperature, seed=5 + window),
                 max_new_tokens=new,
                 tree=tree.choices,
                 drafts="heads+lookup" if lookup else "heads",
@@ -123,6 +150,7 @@ def test_replayed_decoding_is_what_decoding_does_on_the_same_text(heads):
                 lookup_ngram=2,
                 return_dict_in_generate=True,
             )
+            decoded += result.acceptance.lengths[0]
             # Without the last block of the walk, which decoding's limit may cut.
             walked = [after - before for before, after in zip(walk.starts[0], walk.starts[0][1:], strict=False)]
             assert result.acceptance.lengths[0][: len(walked)] == walked
@@ -130,16 +158,7 @@ def test_replayed_decoding_is_what_decoding_does_on_the_same_text(heads):
             assert len(own.ranks_TK) == new + 1 - model.num_future_tokens
         expected = walk_tree(ranked, tree, lookup=lookup, ngram=2).tokens_per_forward
         # Told as the mean over blocks; decoding has a few more at the end of each text.
-        measured = model.generate(
-            prompts_WT,
-            max_new_tokens=new,
-            tree=tree.choices,
-            drafts="heads+lookup" if lookup else "heads",
-            num_lookup_tokens=5,
-            lookup_ngram=2,
-            return_dict_in_generate=True,
-        ).acceptance.mean_acceptance_length
-        assert measured == pytest.approx(expected, rel=0.1)
+        assert statistics.fmean(decoded) == pytest.approx(expected, rel=0.1)
 
 
 def test_along_a_text_the_models_tokens_are_its_choices_after_the_text_itself():
@@ -257,6 +276,41 @@ def test_a_draft_vocabulary_is_taken_only_where_it_is_faster(model, monkeypatch)
     assert torch.equal(model.generate(prompt_1T, max_new_tokens=30, tree="calibrated"), plain)
 
 
+def test_continuations_that_loop_are_left_out_and_counted(model, even_costs, monkeypatch):
+    looping = [0]
+
+    def loops_first(tokens):
+        looping[0] += 1
+        return looping[0] == 1
+
+    monkeypatch.setattr(calibration_run, "loops", loops_first)
+    options = replace(OPTIONS, keep_loops=False, temperature=1.0)
+    found = calibrate(model, TEXT, options, store=False)
+    assert (len(found.texts), found.looping) == (3, 1)
+    assert found.calibration.report["looping"] == 1
+    monkeypatch.setattr(calibration_run, "loops", lambda tokens: True)
+    with pytest.raises(DecodingError, match=r"all 4 continuations loop.* pass temperature=0.8"):
+        calibrate(model, TEXT, options, store=False)
+    kept = calibrate(model, TEXT, replace(options, keep_loops=True), store=False)
+    assert (len(kept.texts), kept.looping) == (4, 4)
+
+
+def test_drawn_continuations_follow_the_seed_and_their_steps_are_drawn_too(model, monkeypatch):
+    asked = []
+
+    def steps(model, prompts_BT, drafts, *, sampling, **options):
+        asked.append(sampling)
+        return {draft: StepSeconds(1.0, 1.0, 1.0, 1) for draft in drafts}
+
+    monkeypatch.setattr(calibration_run, "measure_steps", steps)
+    texts = [
+        [own.tokens for own in calibrate(model, TEXT, replace(OPTIONS, temperature=1.0, seed=seed), store=False).texts]
+        for seed in (1, 1, 9)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+    assert all(one["do_sample"] and one["temperature"] == 1.0 for one in asked)
+
+
 def test_bytes_are_never_sliced():
     assert calibration_run.SMALLEST_SLICED_VOCABULARY > 300
 
@@ -370,3 +424,7 @@ def test_models_and_texts_that_cannot_be_calibrated_are_refused(model):
         calibrate(model, TEXT, replace(OPTIONS, new_tokens=300))
     with pytest.raises(DecodingError, match="rounds must be at least 1"):
         CalibrationOptions(rounds=0)
+    with pytest.raises(DecodingError, match="temperature must be 0"):
+        CalibrationOptions(temperature=-1.0)
+    with pytest.raises(DecodingError, match="nothing is drawn"):
+        CalibrationOptions(temperature=1.0, against="text")

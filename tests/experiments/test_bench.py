@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from headway.data.tokenizers import byte_tokenizer
+from headway.decoding.lean.few_rows import kernel_for
 from headway.errors import ConfigError, DataError
 from headway.experiments.bench.arms import ArmOptions, build_arms
 from headway.experiments.bench.charts import batch_chart, batch_curves, standalone, waterfall
-from headway.experiments.bench.figures import break_even, break_even_batch, estimate, loops, paired_ratio, until_end
+from headway.experiments.bench.figures import break_even, break_even_batch, estimate, paired_ratio, until_end
 from headway.experiments.bench.folder import check_folder, write_folder
 from headway.experiments.bench.generation import Arm, Generation, Limits
 from headway.experiments.bench.measure import Clock, run_rounds
@@ -23,6 +24,7 @@ from headway.experiments.bench.prompts import BenchPrompts, prompt_batches, read
 from headway.experiments.bench.run import BenchOptions, run_bench
 from headway.experiments.bench.steps import head_floors, plain_step_parameters, weight_reader
 from headway.experiments.bench.table import break_even_line, headline_lines, verdict
+from headway.functional.repetition import loops
 from headway.model.attach import attach_heads
 from headway.model.config import MultiTokenConfig
 from tiny_models import tiny_base, tiny_model
@@ -249,6 +251,46 @@ def test_a_model_without_heads_still_has_its_plain_arms_and_copies():
     reasons = {one.arm: one.reason for one in skipped}
     assert reasons["chain"] == "the model has no heads that draft"
     assert reasons["plain/lean"].startswith("no lean executor: the lean block is written for")
+
+
+@pytest.mark.skipif(kernel_for(torch.zeros(1, 1)) is None, reason="no C++ compiler for the kernel")
+def test_int8_weights_are_measured_as_another_model_that_no_headline_counts(model):
+    ids = tuple(range(3, 12))
+    document = run_bench(
+        model,
+        BenchPrompts("ids", (ids,), (ids,)),
+        BenchOptions(ArmOptions(names=("int8", "plain", "chain-2"), executors=("lean",)), rounds=2, warmup=0),
+        LIMITS,
+        name="tiny",
+    )
+    (batch,) = document["batches"]
+    figures = {one["arm"]: one for one in batch["arms"]}
+    assert list(figures) == ["int8/lean", "int8-auto/lean", "plain/lean", "chain-2/lean"]
+    assert [name for name, one in figures.items() if one["other_model"]] == ["int8/lean", "int8-auto/lean"]
+    assert document["equal"]
+    assert batch["fastest_plain"] == "plain/lean"
+    assert (batch["headline"] or {"best": "chain-2/lean"})["best"] == "chain-2/lean"
+    assert figures["chain-2/lean"]["differing_rows"] == 0
+    # Rounded weights too give one text, with and without drafts.
+    for one in (figures["int8/lean"], figures["int8-auto/lean"]):
+        assert "another model" in one["note"]
+        assert one["unexplained_differences"] == 0
+        assert one["step"]["bytes"] is None
+        assert one["differing_rows"] == figures["int8/lean"]["differing_rows"]
+    assert "over_own_plain" in figures["int8-auto/lean"]
+    assert [curve for curve, _ in batch_curves(document)] == ["chain-2/lean"]
+
+
+def test_int8_weights_have_a_reason_where_they_cannot_be_and_nobody_gets_them_unasked(model, monkeypatch):
+    assert "int8" not in ArmOptions().names
+    monkeypatch.setattr(
+        "headway.experiments.bench.arms.lean_model",
+        lambda model, weights="own": "no compiler" if weights == "int8" else 1,
+    )
+    for executors, arms_skipped in ((("eager",), {"int8"}), (("eager", "lean"), {"int8/lean", "int8-auto/lean"})):
+        arms, skipped = build_arms(model, ArmOptions(names=("plain", "int8"), executors=executors), LIMITS)
+        assert {one.arm for one in skipped} == arms_skipped
+        assert not any(arm.other_model for arm in arms)
 
 
 @pytest.mark.parametrize("names", [("plain", "chains"), ("chain",), ("plain", "chain-0")])

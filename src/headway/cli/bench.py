@@ -36,7 +36,8 @@ EXIT_DIFFERENT = 1
     "--arms",
     metavar="NAME,...",
     help="plain, chain (every length; chain-2: one), tree, calibrated, dynamic, auto, lookup, heads+lookup, hf, hf-static, "
-    "hf-lookup, hf-assisted, llama.cpp. Default: all; what cannot run here is listed with the reason.",
+    "hf-lookup, hf-assisted, llama.cpp, int8 (rounded weights: another model). Default: all but int8; what cannot run here is "
+    "listed with the reason.",
 )
 @click.option("--executors", metavar="NAME,...", default="eager,lean", show_default=True, help="Of this engine's arms.")
 @click.option("--batch", metavar="NUMBER,...", default="1", show_default=True, help="Rows decoded together.")

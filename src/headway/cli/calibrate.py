@@ -37,9 +37,18 @@ MOST_RANKS_SHOWN = 6
     type=click.Choice(["continuation", "text"]),
     default="continuation",
     show_default=True,
-    help="Whose tokens drafts should hit: the model's own greedy continuation of pieces of TEXT, or what it would choose at "
-    "each place of TEXT itself (for small models, whose continuations loop).",
+    help="Whose tokens drafts should hit: the model's own continuation of pieces of TEXT, or what it would choose at each "
+    "place of TEXT itself (for models whose continuations all loop).",
 )
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="At which continuations are drawn, to fit drafts to decoding at that temperature; 0 for greedy ones.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of drawn continuations.")
+@click.option("--keep-loops", is_flag=True, help="Count continuations that loop too; by default they are left out.")
 @click.option("--windows", type=click.IntRange(min=1), default=16, show_default=True, help="Pieces of TEXT.")
 @click.option(
     "--prompt-tokens", type=click.IntRange(min=1), help="Of a piece; costs are measured at this context. Default: 128."
@@ -79,6 +88,9 @@ def calibrate_command(
     executor: str,
     batch: int,
     against: str,
+    temperature: float,
+    seed: int,
+    keep_loops: bool,
     windows: int,
     prompt_tokens: int | None,
     new_tokens: int | None,
@@ -123,6 +135,9 @@ def calibrate_command(
         executor="lean" if executor == "lean" else "eager",
         batch=batch,
         against="text" if against == "text" else "continuation",
+        temperature=temperature,
+        seed=seed,
+        keep_loops=keep_loops,
         windows=windows,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens or min(192, longest - prompt_tokens),
@@ -173,12 +188,9 @@ def _show(result: CalibrationResult, options: CalibrationOptions) -> None:
     console.print(result.calibration.key.in_words(), style="bold")
     if result.calibration.key.executor != options.executor:
         console.print(f"this model has no {options.executor} form, so it was measured as it runs: eagerly")
-    looping = _loops(result, options)
-    if looping:
-        console.print(
-            f"{looping} of {len(result.texts)} continuations end in a loop, which is easy to draft for: with --against text "
-            f"figures are those of TEXT"
-        )
+    if result.looping:
+        counted = "counted as asked" if options.keep_loops else "left out"
+        console.print(f"{result.looping} continuations loop, which is easy to draft for: {counted}")
     console.print("accuracy where all earlier offsets are right, by rank")
     table = Table()
     shown = min(MOST_RANKS_SHOWN, len(result.accuracy[0]))
@@ -229,14 +241,6 @@ def _summary(result: CalibrationResult) -> list[tuple[str, Expectation]]:
             best = fastest(list(found))
             rows.append((f"{name}, {best.nodes} nodes", best))
     return rows
-
-
-def _loops(result: CalibrationResult, options: CalibrationOptions) -> int:
-    from headway.experiments.bench.figures import loops
-
-    if options.against == "text":
-        return 0
-    return sum(loops(list(text.tokens[options.prompt_tokens :])) for text in result.texts)
 
 
 def drawn_tree(tree: Tree) -> list[str]:

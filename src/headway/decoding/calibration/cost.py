@@ -54,6 +54,7 @@ def measure_steps(
     executor: str,
     rounds: int,
     steps: int,
+    sampling: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[Draft, StepSeconds]:
     """Time steps after the prompts.
@@ -68,6 +69,7 @@ def measure_steps(
         executor: what runs the model.
         rounds: generations of each draft.
         steps: timed in each generation; fewer where the model ends its texts.
+        sampling: arguments of `generate` that say how tokens are chosen; greedily by default.
         progress: is told the round.
 
     Raises:
@@ -89,8 +91,8 @@ def measure_steps(
                 ids_BT,
                 attention_mask=torch.ones_like(ids_BT),
                 max_new_tokens=(steps + 3) * widest,
-                do_sample=False,
                 executor=executor,
+                **(sampling or {"do_sample": False}),
                 **arguments,
             )
             with decoding_context(model):

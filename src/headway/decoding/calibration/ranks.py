@@ -40,8 +40,24 @@ def text_windows(tokens: Sequence[int], *, count: int, length: int) -> Tensor:
     return torch.tensor([list(tokens[start : start + length]) for start in starts])
 
 
-def own_continuations(model: Any, prompts_WT: Tensor, *, new_tokens: int, executor: str, batch: int) -> list[list[int]]:
-    """Each prompt with the model's greedy continuation.
+def sampling_arguments(temperature: float, *, seed: int) -> dict[str, Any]:
+    """Of `generate`: greedy at temperature 0, else drawn from the whole vocabulary."""
+    if not temperature:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "seed": seed}
+
+
+def own_continuations(
+    model: Any,
+    prompts_WT: Tensor,
+    *,
+    new_tokens: int,
+    executor: str,
+    batch: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[list[int]]:
+    """Each prompt with the model's continuation, greedy or drawn.
 
     Args:
         model: a `MultiTokenLM`.
@@ -49,18 +65,20 @@ def own_continuations(model: Any, prompts_WT: Tensor, *, new_tokens: int, execut
         new_tokens: of each continuation; fewer where the model ends the text.
         executor: what runs the model.
         batch: rows decoded together.
+        temperature: at which tokens are drawn; 0 for the likeliest.
+        seed: of the first drawn batch; a batch's seed is this plus the number of the windows before it.
     """
     device = model.get_input_embeddings().weight.device
     texts: list[list[int]] = []
-    for prompts_BT in _pieces(prompts_WT, batch):
+    for begin, prompts_BT in enumerate(_pieces(prompts_WT, batch)):
         result = ENGINE.generate(
             model,
             prompts_BT.to(device),
             attention_mask=torch.ones_like(prompts_BT, device=device),
             max_new_tokens=new_tokens,
-            do_sample=False,
             executor=executor,
             return_dict_in_generate=True,
+            **sampling_arguments(temperature, seed=seed + begin * batch),
         )
         if result.acceptance.interrupted:
             # Half a text would be measured as if it were whole.

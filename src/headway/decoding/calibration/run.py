@@ -5,6 +5,7 @@ Legend: W windows of a text, V vocabulary, K heads.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,12 +13,13 @@ from typing import Any, Literal
 
 from headway.decoding.calibration.cost import CostTable, StepSeconds, measure_steps, monotone, monotone_costs
 from headway.decoding.calibration.paths import PathValues
-from headway.decoding.calibration.ranks import own_continuations, ranked_text, text_windows
+from headway.decoding.calibration.ranks import own_continuations, ranked_text, sampling_arguments, text_windows
 from headway.decoding.calibration.solve import Expectation, Lookup, fastest, solve_trees
 from headway.decoding.calibration.stored import Calibration, MachineKey, heads_fingerprint, store_calibration
 from headway.decoding.calibration.walk import RankedText, starts_of, walk_tree
 from headway.decoding.lean.admission import lean_model
 from headway.errors import DecodingError
+from headway.functional.repetition import loops
 from headway.functional.tree import LARGEST_DEFAULT_RANK, Tree
 from headway.model.checkpoint import loaded_from
 from headway.provenance import provenance
@@ -38,8 +40,13 @@ class CalibrationOptions:
     Attributes:
         executor: what runs the model.
         batch: rows decoded together.
-        against: "continuation": the model's own greedy continuation of pieces of the text; "text": what it would choose at
-            each position of the text itself, which suits small models whose continuations loop.
+        against: "continuation": the model's own continuation of pieces of the text; "text": what it would choose at each
+            position of the text itself, which suits models whose continuations all loop.
+        temperature: at which continuations are drawn and costs are measured, for decoding at that temperature; 0 for greedy
+            ones. A drafted token stands where it is the drawn one, so ranks of drawn tokens are what sampling accepts.
+        seed: of drawn continuations.
+        keep_loops: count continuations that loop (fewer than half of their 8-grams distinct) too; they are easy to draft
+            for, and left out otherwise.
         windows: pieces of the text.
         prompt_tokens: of each piece that is continued; also the context at which costs are measured.
         new_tokens: of each continuation, or of the text after the prompt.
@@ -57,6 +64,9 @@ class CalibrationOptions:
     executor: Literal["eager", "lean"] = "lean"
     batch: int = 1
     against: Literal["continuation", "text"] = "continuation"
+    temperature: float = 0.0
+    seed: int = 0
+    keep_loops: bool = False
     windows: int = 16
     prompt_tokens: int = 128
     new_tokens: int = 192
@@ -84,6 +94,13 @@ class CalibrationOptions:
         ):
             if getattr(self, name) < 1:
                 raise DecodingError(f"{name} must be at least 1: got {getattr(self, name)}")
+        if not 0 <= self.temperature < math.inf:
+            raise DecodingError(f"temperature must be 0, for greedy texts, or more: got {self.temperature}")
+        if self.temperature and self.against == "text":
+            raise DecodingError(
+                f"against='text' reads a text that the model does not write, so nothing is drawn: got temperature="
+                f"{self.temperature}; leave it out, or take against='continuation'"
+            )
 
 
 @dataclass(frozen=True)
@@ -98,6 +115,7 @@ class CalibrationResult:
         trees: per size, the best.
         beside_lookup: per size, the best tree beside a copied branch; empty where that was not asked for.
         texts: what was walked, per window.
+        looping: continuations that loop; left out of `texts` unless they were to be kept.
     """
 
     calibration: Calibration
@@ -107,6 +125,7 @@ class CalibrationResult:
     trees: tuple[Expectation, ...]
     beside_lookup: tuple[Expectation, ...]
     texts: tuple[RankedText, ...]
+    looping: int
 
     @property
     def best(self) -> Expectation:
@@ -141,7 +160,8 @@ def calibrate(
         What was measured, expected and stored.
 
     Raises:
-        DecodingError: a model without heads, not loaded from a folder, or that ends its texts at once; texts too long for it.
+        DecodingError: a model without heads, not loaded from a folder, that ends its texts at once, or whose continuations all
+            loop; texts too long for it.
         DataError: a text shorter than one window.
         CheckpointError: the folder cannot be written.
     """
@@ -198,6 +218,7 @@ def calibrate(
         "options": asdict(options),
         "text_tokens": len(text),
         "windows": len(texts),
+        "looping": measured.looping,
         "starts": sum(len(own.ranks_TK) for own in texts),
         "accuracy": [[round(share, 5) for share in ranks] for ranks in values.accuracy],
         "steps": step_report,
@@ -219,7 +240,7 @@ def calibrate(
     )
     if store:
         store_calibration(folder, entry)
-    return CalibrationResult(entry, values.accuracy, plain, chains, trees, beside, tuple(texts))
+    return CalibrationResult(entry, values.accuracy, plain, chains, trees, beside, tuple(texts), measured.looping)
 
 
 class _Measurement:
@@ -237,17 +258,37 @@ class _Measurement:
         self._prompts_WP = windows_WT[:, : options.prompt_tokens]
         self._written = options.against == "continuation"
         self._texts = windows_WT.tolist()
+        self._sampling = sampling_arguments(options.temperature, seed=options.seed)
+        self.looping = 0
         if self._written:
             progress(f"continuing {len(windows_WT)} pieces of the text")
-            self._texts = own_continuations(
-                model,
-                self._prompts_WP,
-                new_tokens=options.new_tokens,
-                executor=options.executor,
-                batch=options.batch,
-            )
+            self._texts = self._continuations()
         # Of a draft vocabulary only what was not counted for it may say how good it is.
         self._counted = Counter(text) + Counter(token for own in self._texts[::2] for token in own)
+
+    def _continuations(self) -> list[list[int]]:
+        """The model's own, without those that loop."""
+        options = self._options
+        texts = own_continuations(
+            self._model,
+            self._prompts_WP,
+            new_tokens=options.new_tokens,
+            executor=options.executor,
+            batch=options.batch,
+            temperature=options.temperature,
+            seed=options.seed,
+        )
+        straight = [own for own in texts if not loops(own[options.prompt_tokens :])]
+        self.looping = len(texts) - len(straight)
+        if options.keep_loops:
+            return texts
+        if not straight:
+            raise DecodingError(
+                f"all {len(texts)} continuations loop, which is easy to draft for and tells nothing of other texts; pass "
+                f"temperature=0.8 (--temperature 0.8) to draw them, against='text' (--against text) for the text itself, or "
+                f"keep_loops=True (--keep-loops) to count loops"
+            )
+        return straight
 
     def choose_draft_vocabulary(self) -> tuple[tuple[int, ...] | None, list[dict[str, Any]]]:
         """The part of the vocabulary with which the longest chain is fastest, None for all of it, and what was compared."""
@@ -275,6 +316,7 @@ class _Measurement:
             executor=options.executor,
             rounds=options.rounds,
             steps=options.steps,
+            sampling=self._sampling,
             progress=self._progress,
         )
         chain = Tree.chain(self._heads)
@@ -314,14 +356,13 @@ class _Measurement:
             Tree.chain(length).choices: {"num_draft_tokens": length} for length in lengths
         }
         places: dict[int, dict[int, tuple[tuple[int, ...], ...]]] = {}
-        if self._model.heads.drafts_trees:
-            for depth in lengths[1:]:
-                growth = values.grow(nodes=widest, depth=depth)
-                for width in sorted({*(width for width in WIDTHS if width < len(growth)), len(growth)}):
-                    tree = growth.tree(width)
-                    if not tree.is_chain:
-                        places.setdefault(depth, {})[width] = tree.choices
-                        arms[tree.choices] = {"tree": tree.choices}
+        for depth in lengths[1:]:
+            growth = values.grow(nodes=widest, depth=depth)
+            for width in sorted({*(width for width in WIDTHS if width < len(growth)), len(growth)}):
+                tree = growth.tree(width)
+                if not tree.is_chain:
+                    places.setdefault(depth, {})[width] = tree.choices
+                    arms[tree.choices] = {"tree": tree.choices}
         if part is not None:
             arms = {choices: own | {"draft_vocabulary": part} for choices, own in arms.items()}
             arms[()] = {"num_draft_tokens": 0}
@@ -332,6 +373,7 @@ class _Measurement:
             executor=options.executor,
             rounds=options.rounds,
             steps=options.steps,
+            sampling=self._sampling,
             progress=self._progress,
         )
         rising = monotone([found[Tree.chain(length).choices].median for length in lengths])

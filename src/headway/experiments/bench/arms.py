@@ -19,10 +19,14 @@ from headway.model.multi_token_lm import MultiTokenLM
 
 PLAIN = "plain"
 HUGGING_FACE = "hf"
-OWN_ARMS = (PLAIN, "chain", "tree", "calibrated", "dynamic", "auto", "lookup", "heads+lookup")
+INT8 = "int8"
+OWN_ARMS = (PLAIN, "chain", "tree", "calibrated", "dynamic", "auto", "lookup", "heads+lookup", INT8)
 OTHER_ARMS = (HUGGING_FACE, "hf-static", "hf-lookup", "hf-assisted", "llama.cpp")
 ARMS = OWN_ARMS + OTHER_ARMS
-"""Names to choose from; "chain" stands for "chain-1", "chain-2", ..., one for each draft length."""
+"""Names to choose from; "chain" stands for "chain-1", "chain-2", ..., one for each draft length, and
+"int8" for plain decoding and the controller on rounded weights."""
+DEFAULT_ARMS = tuple(name for name in ARMS if name != INT8)
+"""Rounded weights are another model, which nobody measures who does not name it."""
 EXECUTORS = ("eager", "lean")
 
 
@@ -40,7 +44,7 @@ class ArmOptions:
         export: makes such files of the model where none are given; None for none.
     """
 
-    names: tuple[str, ...] = ARMS
+    names: tuple[str, ...] = DEFAULT_ARMS
     executors: tuple[str, ...] = EXECUTORS
     tree: int | str | Sequence[Sequence[int]] = 12
     num_lookup_tokens: int = 8
@@ -71,10 +75,12 @@ def build_arms(model: MultiTokenLM, options: ArmOptions, limits: Limits) -> tupl
     skipped: list[Skipped] = []
     for executor in options.executors:
         suffix = "" if executor == "eager" else f"/{executor}"
+        if executor != "lean" and INT8 in options.names and "lean" not in options.executors:
+            skipped.append(Skipped(INT8, "int8 weights need the lean executor"))
         if executor == "lean" and isinstance(reason := lean_model(model), str):
             skipped += [Skipped(name + suffix, f"no lean executor: {reason}") for name in options.names if _own(name)]
             continue
-        for name, arguments in _own_arms(model, options):
+        for name, arguments in _own_arms(model, options, executor):
             if isinstance(arguments, str):
                 skipped.append(Skipped(name + suffix, arguments))
                 continue
@@ -87,6 +93,8 @@ def build_arms(model: MultiTokenLM, options: ArmOptions, limits: Limits) -> tupl
             except HeadwayError as error:
                 skipped.append(Skipped(name + suffix, str(error)))
                 continue
+            rounded = asked.weights == "int8"
+            ignored = ignored or (_why_no_int8(model) if rounded else None)
             if ignored:
                 skipped.append(Skipped(name + suffix, ignored))
                 continue
@@ -95,10 +103,12 @@ def build_arms(model: MultiTokenLM, options: ArmOptions, limits: Limits) -> tupl
                     name=name + suffix,
                     engine="headway",
                     executor=executor,
-                    plain=name == PLAIN,
+                    plain=name in (PLAIN, INT8),
                     decode=partial(_decode, model, limits, arguments),
                     arguments=arguments,
-                    heads=None if name == "auto" else plan.heads,
+                    heads=None if asked.num_draft_tokens == "auto" else plan.heads,
+                    other_weights=rounded,
+                    other_model=rounded,
                 )
             )
     for name in options.names:
@@ -127,7 +137,12 @@ def _draft_length(name: str) -> int:
     return int(number) if kind == "chain" and number.isdecimal() else 0
 
 
-def _own_arms(model: MultiTokenLM, options: ArmOptions) -> Iterator[tuple[str, dict[str, Any] | str]]:
+def _why_no_int8(model: MultiTokenLM) -> str | None:
+    made = lean_model(model, weights="int8")
+    return made if isinstance(made, str) else None
+
+
+def _own_arms(model: MultiTokenLM, options: ArmOptions, executor: str) -> Iterator[tuple[str, dict[str, Any] | str]]:
     """Names, and arguments of `generate` or why there are none."""
     most = model.num_future_tokens - 1
     needs_heads = "the model has no heads that draft"
@@ -137,6 +152,11 @@ def _own_arms(model: MultiTokenLM, options: ArmOptions) -> Iterator[tuple[str, d
             yield name, {"num_draft_tokens": 0}
         elif name == "lookup":
             yield name, {"drafts": "lookup", **copied}
+        elif name == INT8:
+            if executor == "lean":
+                yield name, {"num_draft_tokens": 0, "weights": "int8"}
+                if most:
+                    yield f"{name}-auto", {"num_draft_tokens": "auto", "weights": "int8"}
         elif not _own(name):
             continue
         elif most == 0:

@@ -85,7 +85,7 @@ def batch_curves(document: Mapping[str, Any]) -> list[tuple[str, list[tuple[floa
     curves: dict[str, list[tuple[float, float]]] = {}
     for batch in sorted(document["batches"], key=lambda batch: int(batch["batch"])):
         for figures in batch["arms"]:
-            if figures["plain"]:
+            if figures["plain"] or figures["other_model"]:
                 continue
             ratio = (figures["texts_without_loops"] or figures["all_texts"])["over_fastest_plain"]["median"]
             if ratio is not None:

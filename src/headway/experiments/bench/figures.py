@@ -8,11 +8,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from headway.evaluation.repetition import distinct_ngrams
-
-LOOPING_BELOW = 0.5
-"""A text loops where fewer than this share of its 8-grams are distinct."""
-
 _RESAMPLES = 2000
 
 
@@ -99,15 +94,6 @@ def break_even_batch(ratios: Sequence[tuple[int, float]]) -> float | None:
             return float(before[0] * (batch / before[0]) ** share)
         before = (batch, ratio)
     return None
-
-
-def loops(tokens: Sequence[int]) -> bool:
-    """Whether a generated text repeats itself so much that its acceptance says nothing.
-
-    >>> loops([1, 2] * 20), loops(list(range(40))), loops([1, 1])
-    (True, False, False)
-    """
-    return distinct_ngrams([tokens]) < LOOPING_BELOW
 
 
 def until_end(tokens: Sequence[int], end_token_ids: frozenset[int]) -> list[int]:

@@ -15,13 +15,14 @@ import torch
 from headway.decoding.compare import NEAR_TIE_GAP, first_difference, top_two_gap
 from headway.errors import ConfigError
 from headway.evaluation.json_ready import json_ready
-from headway.experiments.bench.arms import HUGGING_FACE, PLAIN, ArmOptions, build_arms, run_own
-from headway.experiments.bench.figures import Estimate, break_even, break_even_batch, estimate, loops, paired_ratio
+from headway.experiments.bench.arms import HUGGING_FACE, INT8, PLAIN, ArmOptions, build_arms, run_own
+from headway.experiments.bench.figures import Estimate, break_even, break_even_batch, estimate, paired_ratio
 from headway.experiments.bench.generation import Arm, Limits, PromptBatch
 from headway.experiments.bench.measure import ArmRecord, Clock, Rounds, run_rounds
 from headway.experiments.bench.prompts import BenchPrompts, prompt_batches
 from headway.experiments.bench.steps import bytes_of, head_floors, step_parts, weight_reader
 from headway.experiments.bench.walks import arm_walks, chain_walks
+from headway.functional.repetition import loops
 from headway.model.multi_token_lm import MultiTokenLM
 from headway.provenance import provenance
 
@@ -151,7 +152,11 @@ def _batch_document(
     clock: Clock,
 ) -> dict[str, Any]:
     by_name = {record.arm.name: record for record in rounds.records}
-    reference = next(record for record in rounds.records if record.arm.plain and record.arm.engine == "headway")
+    reference = next(
+        record
+        for record in rounds.records
+        if record.arm.plain and record.arm.engine == "headway" and not record.arm.other_model
+    )
     looping = [[loops(row) for row in generation.tokens] for generation in reference.generations]
     everything = list(range(len(groups)))
     counted = [group for group in everything if not any(looping[group])]
@@ -176,7 +181,8 @@ def _batch_document(
             **comparisons[record.arm.name],
         }
         if record.arm.engine == "headway":
-            own_plain = by_name[PLAIN + ("" if record.arm.executor == "eager" else f"/{record.arm.executor}")]
+            own_name = INT8 if record.arm.other_model else PLAIN
+            own_plain = by_name[own_name + ("" if record.arm.executor == "eager" else f"/{record.arm.executor}")]
             if not record.arm.plain:
                 figures["over_own_plain"] = paired_ratio(record.speeds(shown), own_plain.speeds(shown))
             figures["step"] = _step(model, record, groups, limits, shown, bandwidth, clock=clock)
@@ -312,7 +318,8 @@ def _headline(
     """Engine gain and speculation gain apart, on texts that do not loop; None where all loop."""
     if not counted:
         return None
-    own = [record for record in records if record.arm.engine == "headway"]
+    # What runs rounded weights is another model: shown, and never compared with.
+    own = [record for record in records if record.arm.engine == "headway" and not record.arm.other_model]
     plain = max((record for record in own if record.arm.plain), key=lambda record: _gain(record, fastest, counted))
     drafting = [
         record for record in own if not record.arm.plain and not comparisons[record.arm.name]["unexplained_differences"]
@@ -363,7 +370,8 @@ def _break_even_batches(batches: Sequence[dict[str, Any]]) -> dict[str, float | 
         for figures in batch["arms"]:
             shown = figures["texts_without_loops"] or figures["all_texts"]
             ratio = shown["over_fastest_plain"].median
-            if figures["engine"] == "headway" and not figures["plain"] and math.isfinite(ratio):
+            ours = figures["engine"] == "headway" and not figures["other_model"]
+            if ours and not figures["plain"] and math.isfinite(ratio):
                 points.setdefault(figures["arm"], []).append((batch["batch"], ratio))
     return {name: break_even_batch(ratios) for name, ratios in points.items() if len(ratios) > 1}
 

@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 import headway.decoding.engine  # noqa: F401
 from headway.evaluation.acceptance import WalkAcceptance, summarize_blocks
 from headway.evaluation.offset_logits import evaluation_mode
-from headway.evaluation.repetition import distinct_ngrams
+from headway.functional.repetition import distinct_ngrams
 from headway.model.multi_token_lm import MultiTokenLM
 
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from headway.data.loader import PackedLoader
 from headway.data.packing import Rows
-from headway.evaluation.repetition import distinct_ngrams
 from headway.evaluation.speed import Decoded, InterleavedRounds, time_interleaved
 from headway.experiments.heads.start import weights_before_training
+from headway.functional.repetition import distinct_ngrams
 from headway.model.multi_token_lm import MultiTokenLM
 from headway.training.config import TrainConfig
 from headway.training.optimizers import TrainingOptimizer

@@ -168,7 +168,7 @@ def speed_part(
     chains = tuple(f"chain-{length}" for length in lengths)
     others = ("auto", "lookup") if short else ("tree", "calibrated", "dynamic", "auto", "lookup", "heads+lookup")
     engines = (HUGGING_FACE, "llama.cpp") if short else (HUGGING_FACE, "hf-static", "hf-lookup", "llama.cpp")
-    calibration = None if short or not measured.calibrate else fitted(measured)
+    calibration = None if short or not measured.calibrate else fitted(measured, amounts)
     rows = text.prompts.prompts[: amounts.prompts if not short else max(2, amounts.prompts // 2)]
     document = run_bench(
         measured.reference,
@@ -225,23 +225,26 @@ def speed_part(
     }
 
 
-def fitted(measured: Measured) -> dict[str, Any]:
-    """Calibrate on the held-out windows, and say which tree it chose and what it expects."""
+def fitted(measured: Measured, amounts: Amounts) -> dict[str, Any]:
+    """Calibrate on the model's own continuations of held-out text, and say which tree it chose and what it expects.
+
+    They are as long as those that are timed, and loops are left out of both.
+    """
     text = [byte for window in measured.held_out.windows for byte in window]
-    windows = 12
-    room = len(text) // windows
     options = CalibrationOptions(
         executor="lean",
-        against="text",
-        windows=windows,
-        prompt_tokens=room // 2,
-        new_tokens=room - room // 2 - 1,
+        windows=2 * amounts.prompts,
+        prompt_tokens=amounts.prompt_bytes,
+        new_tokens=amounts.new_bytes,
         num_ranks=8,
         lookup=True,
         rounds=5,
     )
     found = calibrate(measured.reference, text, options)
     return {
+        "against": options.against,
+        "continuations": len(found.texts),
+        "looping": found.looping,
         "tree": json_ready(found.calibration.tree),
         "best": json_ready(_expected(found.best)),
         "plain": _expected(found.plain),

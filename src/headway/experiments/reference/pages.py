@@ -294,9 +294,12 @@ def _speed(part: Mapping[str, Any]) -> Iterator[str]:
     yield _table(named, rows, right=True)
     if part["calibration"] is not None:
         best, plain = part["calibration"]["best"], part["calibration"]["plain"]
+        along = (
+            "along real text" if part["calibration"].get("against", "text") == "text" else "in its own continuations"
+        )
         yield (
             f"`calibrated` was fitted to the held-out windows in the same process; it expected {best['tokens_per_forward']:.2f} "
-            f"tokens per forward along real text and {best['tokens_per_second']:.0f} tokens/s, beside "
+            f"tokens per forward {along} and {best['tokens_per_second']:.0f} tokens/s, beside "
             f"{plain['tokens_per_second']:.0f} of plain decoding."
         )
     if part["skipped"]:

@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headway.errors import ConfigError
-from headway.evaluation.repetition import distinct_ngrams
+from headway.functional.repetition import distinct_ngrams
 
 
 def test_a_loop_has_as_many_distinct_ngrams_as_its_period():
@@ -33,5 +32,5 @@ def test_the_share_equals_its_definition_and_never_crosses_sequences(sequences, 
 
 
 def test_a_size_below_one_is_refused():
-    with pytest.raises(ConfigError, match="at least 1"):
+    with pytest.raises(ValueError, match="at least 1"):
         distinct_ngrams([[1]], size=0)

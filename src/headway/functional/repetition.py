@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from headway.errors import ConfigError
+LOOPING_BELOW = 0.5
+"""A text loops where fewer than this share of its 8-grams are distinct."""
 
 
 def distinct_ngrams(sequences: Iterable[Sequence[int]], *, size: int = 8) -> float:
@@ -25,10 +26,10 @@ def distinct_ngrams(sequences: Iterable[Sequence[int]], *, size: int = 8) -> flo
         size: tokens per n-gram.
 
     Raises:
-        ConfigError: size < 1.
+        ValueError: size < 1.
     """
     if size < 1:
-        raise ConfigError(f"size of an n-gram must be at least 1 token: got {size}; 8 is the project's convention")
+        raise ValueError(f"size of an n-gram must be at least 1 token: got {size}; 8 is the project's convention")
     seen: set[tuple[int, ...]] = set()
     total = 0
     for sequence in sequences:
@@ -36,3 +37,12 @@ def distinct_ngrams(sequences: Iterable[Sequence[int]], *, size: int = 8) -> flo
             seen.add(tuple(sequence[start : start + size]))
             total += 1
     return len(seen) / total if total else float("nan")
+
+
+def loops(tokens: Sequence[int]) -> bool:
+    """Whether a generated text repeats itself so much that its acceptance says nothing.
+
+    >>> loops([1, 2] * 20), loops(list(range(40))), loops([1, 1])
+    (True, False, False)
+    """
+    return distinct_ngrams([tokens]) < LOOPING_BELOW
