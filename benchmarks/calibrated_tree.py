@@ -1,12 +1,15 @@
 """The calibrated tree against the best chain, the default tree and heads with lookup: expected and measured.
 
-The first half of the file calibrates (`headway calibrate`, nothing is stored), the second half gives the prompts. The arms
+The first half of a text calibrates (`headway calibrate`, nothing is stored), the second half gives the prompts. The text is
+FILE, or without one the packages of this interpreter's library that the reference model has never seen. The arms
 take turns, prompt by prompt, in an order that rotates; a ratio is of seconds after the prefill within one round, for the same
-tokens. "Expected" is what the calibration says on its own half; "tokens_per_forward" is counted while the prompts are decoded.
+tokens. "Expected" is what the calibration says of continuations on its own half; "tokens_per_forward" is counted while the
+prompts are decoded. Continuations that loop are left out of both: they are easy to draft for.
 
-    python benchmarks/calibrated_tree.py MODEL FILE [--output benchmarks/results/calibrated_tree.json]
+    python benchmarks/calibrated_tree.py reference/model --output benchmarks/results/calibrated_tree.json
+    python benchmarks/calibrated_tree.py MODEL FILE --temperature 0.8
 
-About five minutes on two quiet cores for a byte model of 9M parameters. One JSON document last.
+Two to four minutes on two quiet cores for the reference model. One JSON document last.
 """
 
 from __future__ import annotations
@@ -24,13 +27,24 @@ import torch
 
 from headway.cli.models import load_model_folder
 from headway.cli.prompt import encode_prompt
+from headway.data.sources import standard_library
 from headway.decoding.blocks import stream_blocks
-from headway.decoding.calibration.ranks import text_windows
+from headway.decoding.calibration.ranks import sampling_arguments, text_windows
 from headway.decoding.calibration.run import CalibrationOptions, CalibrationResult, calibrate
 from headway.decoding.calibration.solve import Expectation, fastest
+from headway.errors import DecodingError, HeadwayError
+from headway.experiments.reference.corpora import HELD_OUT
+from headway.experiments.reference.place import reference_record
+from headway.functional.repetition import loops
 from headway.provenance import provenance
 
 DEFAULT_TREE = 12
+
+
+def held_out_packages(folder: Path) -> bytes:
+    """Packages of this interpreter's library that the reference model has never seen, one behind the other."""
+    packages = set(reference_record(folder)["data"]["held_out_packages"])
+    return b"\n".join(document.data for document in standard_library() if document.group in packages)
 
 
 def arms_of(
@@ -54,9 +68,11 @@ def arms_of(
     return arms
 
 
-def decode(model: Any, prompt_1T: torch.Tensor, arguments: Mapping[str, Any], *, new: int, executor: str) -> Any:
+def decode(
+    model: Any, prompt_1T: torch.Tensor, arguments: Mapping[str, Any], *, new: int, executor: str
+) -> tuple[float, list[int], int]:
     """Seconds after the prefill, the new tokens, and the forwards after it."""
-    stream = stream_blocks(model, prompt_1T, max_new_tokens=new, do_sample=False, executor=executor, **arguments)
+    stream = stream_blocks(model, prompt_1T, max_new_tokens=new, executor=executor, **arguments)
     next(stream)
     start = time.perf_counter()
     for _ in stream:
@@ -91,7 +107,7 @@ def summary(
         rows.append(
             {
                 "arm": name,
-                "arguments": arguments,
+                "arguments": {key: value for key, value in arguments.items() if key != "draft_vocabulary"},
                 "tokens_per_second": spread([tokens / own for own in seconds[name]]),
                 "over_plain": spread(ratios),
                 "tokens_per_forward": round(tokens / forwards, 4),
@@ -110,11 +126,16 @@ def summary(
     return rows
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print the rows and one JSON document."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model", help="headway folder")
-    parser.add_argument("file", type=Path, help="text: half of it calibrates, half of it is continued")
+    parser.add_argument(
+        "file",
+        type=Path,
+        nargs="?",
+        help="text: half of it calibrates, half of it is continued; default: held-out packages",
+    )
     parser.add_argument("--output", type=Path, help="also write the JSON document here, after every round")
     parser.add_argument("--prompts", type=int, default=8, help="pieces of the second half")
     parser.add_argument("--prompt-tokens", type=int, default=128, help="of a piece")
@@ -122,21 +143,46 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10, help="rounds, at least 2")
     parser.add_argument("--windows", type=int, default=16, help="pieces of the first half")
     parser.add_argument("--against", default="continuation", choices=["continuation", "text"], help="see calibrate")
+    parser.add_argument("--temperature", type=float, default=0.0, help="at which texts are drawn; 0 for greedy ones")
     parser.add_argument("--executor", default="lean", choices=["eager", "lean"], help="what runs the model")
     parser.add_argument("--dtype", help="of the weights; default: as saved")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.repeats < 2:
         parser.error("--repeats needs at least 2, for a spread")
     torch.set_num_threads(arguments.threads)
+    try:
+        document = measure(arguments)
+    except HeadwayError as error:
+        parser.error(str(error))
+    for row in document["rows"]:
+        expected = row["expected"] or {}
+        print(
+            f"{row['arm']:26} x{row['over_plain']['median']:.3f} {row['over_plain']['quartiles']} over plain "
+            f"(expected x{expected.get('over_plain', float('nan')):.3f}), {row['tokens_per_forward']:.2f} tokens per forward "
+            f"(expected {expected.get('tokens_per_forward', float('nan')):.2f})",
+            file=sys.stderr,
+        )
+    print(json.dumps(document))
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Calibrate, decode in turn, and say what came of it.
+
+    Raises:
+        HeadwayError: a model or a text that cannot be calibrated or whose continuations all loop.
+    """
     loaded = load_model_folder(arguments.model, dtype=arguments.dtype)
-    ids = encode_prompt(arguments.file.read_bytes(), loaded.tokenizer)[0].tolist()
+    text = held_out_packages(Path(arguments.model)) if arguments.file is None else arguments.file.read_bytes()
+    ids = encode_prompt(text, loaded.tokenizer)[0].tolist()
     options = CalibrationOptions(
         executor=arguments.executor,
         against=arguments.against,
+        temperature=arguments.temperature if arguments.against == "continuation" else 0.0,
         windows=arguments.windows,
         prompt_tokens=arguments.prompt_tokens,
-        new_tokens=arguments.new_tokens + 64,
+        # As much as is decoded, and what the last drafts reach beyond it: longer texts have more to copy from.
+        new_tokens=arguments.new_tokens + loaded.model.num_future_tokens,
         lookup=True,
     )
     result = calibrate(
@@ -153,15 +199,18 @@ def main() -> None:
             name: (expected, own if "tree" not in own else own | {"draft_vocabulary": part})
             for name, (expected, own) in arms.items()
         }
+    sampling = sampling_arguments(arguments.temperature, seed=options.seed)
+    arms = {name: (expected, own | sampling) for name, (expected, own) in arms.items()}
     prompts_WT = text_windows(ids[len(ids) // 2 :], count=arguments.prompts, length=arguments.prompt_tokens)
     document: dict[str, Any] = {
         "benchmark": "calibrated_tree",
         "setting": {
             "model": loaded.name,
-            "file": arguments.file.name,
+            "text": HELD_OUT if arguments.file is None else arguments.file.name,
             "prompts": len(prompts_WT),
             "prompt_tokens": arguments.prompt_tokens,
             "new_tokens": arguments.new_tokens,
+            "temperature": arguments.temperature,
             "repeats": arguments.repeats,
             "executor": result.calibration.key.executor,
             "dtype": result.calibration.key.dtype,
@@ -172,44 +221,36 @@ def main() -> None:
         "provenance": provenance(),
     }
     seconds: dict[str, list[float]] = {name: [] for name in arms}
-    counts, differing = {}, {}
     for repeat in range(arguments.repeats + 1):
-        spent = dict.fromkeys(arms, 0.0)
-        made: dict[str, list[Any]] = {name: [] for name in arms}
-        forwards = dict.fromkeys(arms, 0)
+        rounds: dict[str, list[tuple[float, list[int], int]]] = {name: [] for name in arms}
         for number, prompt_T in enumerate(prompts_WT):
             turn = (repeat + number) % len(arms)
             for name in [*arms][turn:] + [*arms][:turn]:
-                took, tokens, steps = decode(
+                found = decode(
                     loaded.model,
                     prompt_T[None],
                     arms[name][1],
                     new=arguments.new_tokens,
                     executor=arguments.executor,
                 )
-                spent[name] += took
-                made[name].append(tokens)
-                forwards[name] += steps
+                rounds[name].append(found)
+        counted = [place for place, (_, tokens, _) in enumerate(rounds["plain"]) if not loops(tokens)]
+        if not counted:
+            raise DecodingError(f"all {len(prompts_WT)} texts loop, so nothing can be said; pass --temperature 0.8")
         if not repeat:  # warms up
             continue
-        for name in arms:
-            seconds[name].append(spent[name])
+        counts, differing = {}, {}
+        for name, made in rounds.items():
+            seconds[name].append(sum(made[place][0] for place in counted))
             # The prefill's token is in no forward.
-            counts[name] = sum(len(tokens) - 1 for tokens in made[name]), forwards[name]
-            differing[name] = sum(own != plain for own, plain in zip(made[name], made["plain"], strict=True))
+            counts[name] = sum(len(made[place][1]) - 1 for place in counted), sum(made[place][2] for place in counted)
+            differing[name] = sum(own[1] != plain[1] for own, plain in zip(made, rounds["plain"], strict=True))
+        document["looping"] = len(prompts_WT) - len(counted)
         document["rows"] = summary(arms, seconds, counts, differing, result.plain)
         document["rounds"] = repeat
         if arguments.output:
             arguments.output.write_text(json.dumps(document, indent=1) + "\n")
-    for row in document["rows"]:
-        expected = row["expected"] or {}
-        print(
-            f"{row['arm']:26} x{row['over_plain']['median']:.3f} {row['over_plain']['quartiles']} over plain "
-            f"(expected x{expected.get('over_plain', float('nan')):.3f}), {row['tokens_per_forward']:.2f} tokens per forward "
-            f"(expected {expected.get('tokens_per_forward', float('nan')):.2f})",
-            file=sys.stderr,
-        )
-    print(json.dumps(document))
+    return document
 
 
 if __name__ == "__main__":

@@ -9,11 +9,13 @@ three transformer heads. Acceptance plays no part here.
 
 A step's byte floor is the time of reading what it cannot do without, each byte once: weights of the layers that run, the
 unembedding, and keys and values of the context; at the rate at which the same weights are read without computing anything.
-Lines of text on stderr, one JSON document last on stdout.
+With --int8 the lean executor also runs weights rounded to int8 (another model, docs/decisions/0020-int8-weights.md) in the same
+rounds, beside the floor of its own bytes. Lines of text on stderr, one JSON document last on stdout.
 
     python benchmarks/decoding_steps.py [--output benchmarks/results/decoding_steps.json]
     python benchmarks/decoding_steps.py --sizes 110M
     python benchmarks/decoding_steps.py --sizes 350M
+    python benchmarks/decoding_steps.py --sizes 9M 110M --int8 --output benchmarks/results/decoding_steps_int8.json
 """
 
 from __future__ import annotations
@@ -23,21 +25,23 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import LlamaConfig
 
 import headway
 from headway.decoding.engine import decoding_context
 from headway.decoding.executor import EagerExecutor
+from headway.decoding.lean.admission import lean_model
 from headway.decoding.lean.executor import LeanExecutor
 from headway.decoding.lean.few_rows import read_once
-from headway.decoding.lean.model import LeanModel
+from headway.decoding.lean.model import INT8_NOTE, LeanModel
 from headway.decoding.lean.native import instructions
 from headway.decoding.lean.pages import huge_pages
 from headway.decoding.prompts import align_prompts
@@ -88,6 +92,24 @@ def build(shape: Shape, dtype: torch.dtype) -> Any:
     return headway.MultiTokenLM.from_config(config, mtp_config).to(dtype).eval()
 
 
+def int8_bytes(part: nn.Module) -> int:
+    """What is read of a part whose maps are rounded: their values, scales and sums; the rest in its own precision.
+
+    Rows are padded to 64 inputs. Of the Markov bias, which keeps its precision, W2 counts; tables of which rows are looked up
+    do not.
+    """
+    count = 0
+    for name, module in part.named_modules():
+        rounded = isinstance(module, nn.Linear) and "markov" not in name
+        if rounded:
+            count += module.out_features * (-(-module.in_features // 64) * 64 + 8)
+        for own, parameter in module.named_parameters(recurse=False):
+            looked_up = "embed_tokens" in name or f"{name}.{own}".endswith("markov.previous.weight")
+            if not looked_up and not (rounded and own == "weight"):
+                count += parameter.numel() * parameter.element_size()
+    return count
+
+
 def timed(function: Callable[[], Any]) -> float:
     """Seconds of one call."""
     start = time.perf_counter()
@@ -99,8 +121,12 @@ def _ratios(above: list[float], below: list[float]) -> list[float]:
     return [a / b for a, b in zip(above, below, strict=True)]
 
 
-def measure(name: str, *, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
-    """One row of the table."""
+def measure(name: str, *, dtype: torch.dtype, repeats: int, int8: bool = False) -> dict[str, Any]:
+    """One row of the table.
+
+    Raises:
+        SystemExit: int8 weights without the kernel that multiplies by them.
+    """
     shape = SHAPES[name]
     drafts = shape.future_tokens - 1
     model = build(shape, dtype)
@@ -122,13 +148,21 @@ def measure(name: str, *, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
     # The packed copies are made first: the kernel's way moves the weights.
     packed = LeanModel(model, way="packed")
     lean = LeanModel(model)
+    kinds: list[tuple[str, type[EagerExecutor], Any]] = [
+        ("eager", EagerExecutor, model),
+        ("packed", LeanExecutor, packed),
+        ("lean", LeanExecutor, lean),
+    ]
+    rounded: LeanModel | None = None
+    if int8:
+        made = lean_model(model, weights="int8")
+        if isinstance(made, str):
+            raise SystemExit(f"--int8: {made}")
+        rounded = made
+        kinds.append(("int8", LeanExecutor, rounded))
     executors: dict[str, list[EagerExecutor]] = {
         label: [kind(run, prompts, max_new_tokens=GENERATED, num_draft_tokens=count) for count in (0, drafts)]
-        for label, kind, run in (
-            ("eager", EagerExecutor, model),
-            ("packed", LeanExecutor, packed),
-            ("lean", LeanExecutor, lean),
-        )
+        for label, kind, run in kinds
     }
     one, block, last_B = torch.randint(0, 100, (1, 1)), torch.randint(0, 100, (1, drafts + 1)), torch.tensor([7])
 
@@ -173,7 +207,7 @@ def measure(name: str, *, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
     rate = len(weights) / limit / 1e6
     floors = {"plain": bytes_plain / rate / 1e6, "drafted": bytes_drafted / rate / 1e6}
 
-    def steps(label: str) -> dict[str, Any]:
+    def steps(label: str, floors: dict[str, float] = floors) -> dict[str, Any]:
         """Both steps of an executor beside their floors."""
         ratios = _ratios(seconds[f"{label}_drafted_step"], seconds[f"{label}_plain_step"])
         plain, drafted = median[f"{label}_plain_step"], median[f"{label}_drafted_step"]
@@ -187,7 +221,7 @@ def measure(name: str, *, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
             "drafted_step_share_of_floor": round(floors["drafted"] / drafted, 3),
         }
 
-    row = {
+    row: dict[str, Any] = {
         "size": name,
         "dtype": str(dtype).removeprefix("torch."),
         "parameters": model.num_parameters(),
@@ -213,30 +247,58 @@ def measure(name: str, *, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
         "engine_plain_ms_per_token": round(median["engine_plain_generate"] / GENERATED, 3),
         "huggingface_generate_ms_per_token": round(median["huggingface_generate"] / GENERATED, 3),
     }
+    if rounded is not None:
+        plain = int8_bytes(model.base) + layers * cached
+        drafted = plain + int8_bytes(model.heads) + head_layers * cached
+        row["int8"] = {
+            "another_model": INT8_NOTE,
+            "copied_bytes": rounded.num_bytes,
+            "bytes_plain_step": plain,
+            "bytes_drafted_step": drafted,
+            "floor_plain_step_ms": round(plain / rate / 1e6, 3),
+            "floor_drafted_step_ms": round(drafted / rate / 1e6, 3),
+            **{
+                f"{kind}_step_over_own_weights": round(
+                    statistics.median(_ratios(seconds[f"int8_{kind}_step"], seconds[f"lean_{kind}_step"])), 3
+                )
+                for kind in ("plain", "drafted")
+            },
+            **steps("int8", {"plain": plain / rate / 1e6, "drafted": drafted / rate / 1e6}),
+        }
+        # The limit of a row is that of its own weights.
+        del row["int8"]["plain_step_share_of_limit"]
     print(_line(row), file=sys.stderr)
     return row
 
 
 def _line(row: dict[str, Any]) -> str:
-    lean = row["lean"]
+    lean, rounded = row["lean"], row.get("int8")
+    told = (
+        ""
+        if rounded is None
+        else f"; int8 {rounded['plain_step_ms']} ms (x{rounded['plain_step_over_own_weights']} of its own weights, share of its "
+        f"floor {rounded['plain_step_share_of_floor']}) and {rounded['drafted_step_ms']} ms "
+        f"(x{rounded['drafted_step_over_own_weights']}, share {rounded['drafted_step_share_of_floor']})"
+    )
     return (
         f"{row['size']} {row['dtype']}, {row['gigabytes_per_second']} GB/s: lean plain step {lean['plain_step_ms']} ms "
         f"(floor {row['floor_plain_step_ms']}, share {lean['plain_step_share_of_floor']}; share of the limit "
         f"{lean['plain_step_share_of_limit']}), {row['positions']}-position step {lean['drafted_step_ms']} ms (floor "
         f"{row['floor_drafted_step_ms']}, share {lean['drafted_step_share_of_floor']}), ratio {lean['drafted_over_plain']} "
         f"(by bytes {row['floor_drafted_over_plain']}); over packed {lean['drafted_step_over_packed']}; eager "
-        f"{row['eager']['plain_step_ms']} and {row['eager']['drafted_step_ms']} ms"
+        f"{row['eager']['plain_step_ms']} and {row['eager']['drafted_step_ms']} ms{told}"
     )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print the rows and one JSON document."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--output", type=Path, help="also write the JSON document here")
     parser.add_argument("--repeats", type=int, default=15, help="interleaved measurements per figure")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
     parser.add_argument("--sizes", nargs="+", default=list(SHAPES), choices=list(SHAPES), help="shapes to measure")
-    arguments = parser.parse_args()
+    parser.add_argument("--int8", action="store_true", help="also steps on weights rounded to int8, another model")
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     rows: list[dict[str, Any]] = []
     document: dict[str, Any] = {
@@ -256,7 +318,7 @@ def main() -> None:
     }
     for name in arguments.sizes:
         for dtype in (torch.float32, torch.bfloat16):
-            rows.append(measure(name, dtype=dtype, repeats=arguments.repeats))
+            rows.append(measure(name, dtype=dtype, repeats=arguments.repeats, int8=arguments.int8))
             if arguments.output:
                 arguments.output.write_text(json.dumps(document, indent=2) + "\n")
     print(json.dumps(document))

@@ -10,9 +10,11 @@ each plainly and with the drafts that are asked for. Arrivals are a Poisson proc
 manages, plainly, when everything waits from the start; that is measured first. Latencies count from the arrival. All arms
 must give the same tokens (float32: near-ties may differ, and are counted).
 
-    python benchmarks/scheduler.py MODEL [TEXT] [--output benchmarks/results/scheduler.json]
+    python benchmarks/scheduler.py reference/model --output benchmarks/results/scheduler.json
+    python benchmarks/scheduler.py MODEL TEXT
 
-About three minutes on two cores with a model of 10M parameters. One JSON document last; --output is written after every arm.
+Without TEXT the prompts are pieces of a module of this interpreter's library. About three minutes on two cores with the
+reference model. One JSON document last; --output is written after every arm.
 """
 
 from __future__ import annotations
@@ -82,6 +84,15 @@ class Clock:
         time.sleep(max(0.0, moment - self()))
 
 
+def decided(scheduler: Scheduler) -> list[dict[str, Any]]:
+    """What the controllers of a scheduler chose, per size of the batch; the mean in the place of every length."""
+    found = []
+    for own in scheduler.report().to_dict()["control"]:
+        lengths = own.pop("lengths")
+        found.append(own | {"forwards": len(lengths), "mean_length": round(statistics.fmean(lengths), 3)})
+    return found
+
+
 def told(completion: Completion, delay: float) -> tuple[float, float, list[int]]:
     """What a scheduler measured, counted from the arrival instead of from the submission."""
     return completion.first_token_seconds + delay, completion.seconds + delay, completion.tokens
@@ -89,8 +100,8 @@ def told(completion: Completion, delay: float) -> tuple[float, float, list[int]]
 
 def continuous(
     model: Any, asked: list[Request], arrivals: list[float], *, rows: int, options: dict[str, Any]
-) -> Served:
-    """Continuous admission."""
+) -> tuple[Served, list[dict[str, Any]]]:
+    """Continuous admission, and what was decided about drafts."""
     scheduler, clock = Scheduler(model, max_rows=rows, max_waiting=len(asked), **options), Clock()
     handles: list[RequestHandle] = []
     delays: list[float] = []
@@ -102,7 +113,8 @@ def continuous(
             clock.wait_until(arrivals[len(handles)])
         else:
             scheduler.step()
-    return [told(handle.result(), delay) for handle, delay in zip(handles, delays, strict=True)]
+    served = [told(handle.result(), delay) for handle, delay in zip(handles, delays, strict=True)]
+    return served, decided(scheduler)
 
 
 def in_groups(
@@ -120,8 +132,10 @@ def in_groups(
     return served
 
 
-def gangs(model: Any, asked: list[Request], arrivals: list[float], *, rows: int, options: dict[str, Any]) -> Served:
-    """Groups whose rows leave when they are done."""
+def gangs(
+    model: Any, asked: list[Request], arrivals: list[float], *, rows: int, options: dict[str, Any]
+) -> tuple[Served, list[dict[str, Any]]]:
+    """Groups whose rows leave when they are done, and what was decided about drafts."""
     scheduler = Scheduler(model, max_rows=rows, max_waiting=rows, **options)
 
     def serve(group: list[Request], since: list[float], clock: Clock) -> Served:
@@ -129,10 +143,12 @@ def gangs(model: Any, asked: list[Request], arrivals: list[float], *, rows: int,
         found = scheduler.generate(group)
         return [told(completion, delay) for completion, delay in zip(found, delays, strict=True)]
 
-    return in_groups(asked, arrivals, rows, serve)
+    return in_groups(asked, arrivals, rows, serve), decided(scheduler)
 
 
-def generate(model: Any, asked: list[Request], arrivals: list[float], *, rows: int, options: dict[str, Any]) -> Served:
+def generate(
+    model: Any, asked: list[Request], arrivals: list[float], *, rows: int, options: dict[str, Any]
+) -> tuple[Served, list[dict[str, Any]]]:
     """Groups in one call of `generate`; a row has its tokens when the call returns."""
 
     def serve(group: list[Request], since: list[float], clock: Clock) -> Served:
@@ -158,7 +174,7 @@ def generate(model: Any, asked: list[Request], arrivals: list[float], *, rows: i
             for row, (request, arrival) in enumerate(zip(group, since, strict=True))
         ]
 
-    return in_groups(asked, arrivals, rows, serve)
+    return in_groups(asked, arrivals, rows, serve), []
 
 
 ARMS = {"generate": generate, "gangs": gangs, "scheduler": continuous}
@@ -175,6 +191,7 @@ def summary(served: Served, arrivals: Sequence[float]) -> dict[str, Any]:
     end = max(arrival + total for arrival, (_, total, _) in zip(arrivals, served, strict=True))
     tokens = sum(len(row[2]) for row in served)
     return {
+        "tokens": tokens,
         "tokens_per_second": round(tokens / (end - arrivals[0]), 1),
         "seconds": round(end - arrivals[0], 2),
         "latency_seconds": percentiles([total for _, total, _ in served]),
@@ -183,7 +200,7 @@ def summary(served: Served, arrivals: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print the arms and one JSON document."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model", type=Path, help="folder of a headway checkpoint")
@@ -202,7 +219,7 @@ def main() -> None:
     parser.add_argument("--executor", default="lean", choices=["eager", "lean"], help="what runs the model")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
     parser.add_argument("--seed", type=int, default=0, help="of requests and arrivals")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     model = MultiTokenLM.from_pretrained(arguments.model).eval()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
@@ -216,7 +233,7 @@ def main() -> None:
     plain = {"num_draft_tokens": 0, "executor": arguments.executor}
     continuous(model, asked[:4], [0.0] * 4, rows=arguments.rows, options=plain)
     at_once = [0.0] * len(asked)
-    offline = continuous(model, asked, at_once, rows=arguments.rows, options=plain)
+    offline, _ = continuous(model, asked, at_once, rows=arguments.rows, options=plain)
     capacity = summary(offline, at_once)["tokens_per_second"]
     truth = [row[2] for row in offline]
     mean_new = sum(map(len, truth)) / len(truth)
@@ -230,6 +247,7 @@ def main() -> None:
             "new_tokens": arguments.new_tokens,
             "executor": arguments.executor,
             "threads": arguments.threads,
+            "tokens": sum(map(len, truth)),
             "capacity_tokens_per_second": capacity,
         },
         "arms": [],
@@ -239,7 +257,7 @@ def main() -> None:
         arrivals = poisson(len(asked), load * capacity / mean_new, seed=arguments.seed)
         for drafts, own in options.items():
             for arm, run in ARMS.items():
-                served = run(model, asked, arrivals, rows=arguments.rows, options=own)
+                served, control = run(model, asked, arrivals, rows=arguments.rows, options=own)
                 differing = sum(row[2] != expected for row, expected in zip(served, truth, strict=True))
                 found = {
                     "load": load,
@@ -248,8 +266,8 @@ def main() -> None:
                     **summary(served, arrivals),
                     "texts_that_differ": differing,
                 }
-                document["arms"].append(found)
                 print(json.dumps(found), file=sys.stderr)
+                document["arms"].append(found | {"control": control})
                 if arguments.output:
                     arguments.output.write_text(json.dumps(document, indent=2) + "\n")
     print(json.dumps(document))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 
 import pytest
@@ -165,6 +166,31 @@ def test_a_completion_says_how_far_its_forwards_got_and_how_long_it_took():
     assert again.queued_seconds > completion.queued_seconds
     repeat = Request(_prompt(5), 9, temperature=1.0, seed=again.seed)
     assert again.tokens == alone(MODEL, repeat)
+
+
+def test_the_report_has_the_decisions_for_every_size_of_the_batch():
+    scheduler = Scheduler(MODEL, max_rows=4, num_draft_tokens="auto")
+    assert scheduler.report().control == {}
+    shown = scheduler.submit(_requests(1, new=24)[0])
+    for _ in range(4):
+        scheduler.step()
+    alone_for = len(scheduler.report().control[1].lengths)
+    assert alone_for == 4
+    scheduler.generate(_requests(3, new=9))
+    shown.result()
+    report = scheduler.report()
+    # Three or four rows learn together; rows that end one by one bring the smaller sizes.
+    assert {1, 4} <= set(report.control) <= {1, 2, 4}
+    assert report.statistics == scheduler.statistics
+    assert all(0 <= length <= 3 for own in report.control.values() for length in own.lengths)
+    document = report.to_dict()
+    assert json.loads(json.dumps(document, allow_nan=False)) == document
+    assert [own["most_rows"] for own in document["control"]] == sorted(report.control)
+    assert document["control"][0]["lengths"] == list(report.control[1].lengths)
+    assert document["finished"] == 4
+    plain = Scheduler(MODEL, num_draft_tokens=2)
+    plain.generate(_requests(1))
+    assert plain.report().to_dict()["control"] == []
 
 
 def test_statistics_count_what_was_emitted():

@@ -32,6 +32,7 @@ from headway.decoding.cache_budget import CacheBudget
 from headway.decoding.calibration.use import with_calibration
 from headway.decoding.changing_batch import ChangingBatch
 from headway.decoding.controller import DraftController, Experience
+from headway.decoding.draft_places import block_slots
 from headway.decoding.engine import ENGINE, decoding_context, keeps_state
 from headway.decoding.executor import most_repeated_tokens
 from headway.decoding.forward_costs import ForwardCosts
@@ -43,7 +44,7 @@ from headway.decoding.request_book import RequestBook
 from headway.decoding.requests import Completion, FinishReason, Request, StoppingCriterion
 from headway.decoding.row_chooser import RowChooser
 from headway.decoding.rows import Row, RowTexts
-from headway.decoding.scheduler_report import Emitted, SchedulerStatistics, StepReport, Window
+from headway.decoding.scheduler_report import Emitted, SchedulerReport, SchedulerStatistics, StepReport, Window
 from headway.decoding.stop_texts import stop_strings_criterion
 from headway.errors import DecodingError
 
@@ -105,7 +106,7 @@ class Scheduler:
         self._notes = {ignored, lossy_note(self._options, do_sample=True) if self._options.lossy else None}
         self._plan = plan_drafts(self._options, model, do_sample=self._options.sample_drafts, batch=max_rows)
         self._extra_slots = (
-            len(self._plan.widest)
+            block_slots(model.heads, self._plan.heads, self._plan.widest)
             - 1
             + most_repeated_tokens(model.heads, self._plan.heads, changing=self._plan.controlled)
         )
@@ -169,6 +170,12 @@ class Scheduler:
     def statistics(self) -> SchedulerStatistics:
         """After the last step."""
         return self._statistics
+
+    def report(self) -> SchedulerReport:
+        """The statistics, and what the controllers decided; waits for the step that is under way."""
+        with self._stepping:
+            decided = {rows: own.report() for rows, own in self._controllers.items() if own.lengths}
+            return SchedulerReport(self._statistics, decided)
 
     def close(self) -> None:
         """End `run`, cancel everything that is waiting or under way, and free the cache."""

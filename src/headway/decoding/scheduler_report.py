@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from headway.decoding.controller import ControlReport
 from headway.decoding.requests import FinishReason
 
 WINDOW_STEPS = 128
@@ -83,6 +85,26 @@ class StepReport:
 
     emitted: list[Emitted]
     statistics: SchedulerStatistics
+
+
+@dataclass(frozen=True)
+class SchedulerReport:
+    """How a scheduler has been doing, and what it decided about drafts.
+
+    Attributes:
+        statistics: after the last step.
+        control: with `num_draft_tokens="auto"`, per size of the batch what its controller decided and why, by the most rows of
+            that size: 1, 2, 4 for three and four rows, 8, ... Costs and acceptance are learnt for each by itself. Sizes that have
+            not decoded are left out; lengths are those of the last forwards only. Empty where drafts are not controlled.
+    """
+
+    statistics: SchedulerStatistics
+    control: Mapping[int, ControlReport] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: the statistics, and `control` as a list with `most_rows` in each item."""
+        control = [{"most_rows": rows, **report.to_dict()} for rows, report in sorted(self.control.items())]
+        return self.statistics.to_dict() | {"control": control}
 
 
 class Window:
