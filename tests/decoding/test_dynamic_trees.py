@@ -21,7 +21,7 @@ from tiny_models import FAMILIES, random_tokens, tiny_model
 
 NEW = 20
 RAGGED = ragged_batch([3, 11, 7, 1], "lrrl")
-HEADS = ["transformer", "linear-tap-markov", "hydra"]
+HEADS = ["transformer", "linear-tap-markov", "hydra", "sequential"]
 OPTIONS: dict[str, Any] = {"attention_mask": RAGGED.attention_mask, "max_new_tokens": NEW}
 
 
@@ -219,9 +219,3 @@ def test_ancestors_of_rows_are_those_of_their_trees():
 def test_dynamic_trees_that_cannot_be_are_refused(options, message):
     with pytest.raises(DecodingError, match=message):
         tiny_model().generate(random_tokens(1, 4), max_new_tokens=3, **options)
-
-
-def test_heads_with_caches_of_drafted_tokens_make_no_dynamic_tree():
-    for options in ({}, {"tree_width": 1}):
-        with pytest.raises(DecodingError, match="draft only a chain: leave tree out"):
-            tiny_model(heads="sequential").generate(random_tokens(1, 4), max_new_tokens=3, tree="dynamic", **options)

@@ -18,7 +18,7 @@ from tiny_models import tiny_model
 NEW = 24
 TREE = [(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (2, 0), (0, 0, 0), (1, 0, 0), (2, 0, 1), (2, 0, 0)]
 RAGGED = ragged_batch([3, 11, 7, 1], "lrrl")
-HEADS = ["linear-tap-markov", "transformer-markov", "medusa-2-blocks-shared-markov", "hydra"]
+HEADS = ["linear-tap-markov", "transformer-markov", "medusa-2-blocks-shared-markov", "hydra", "sequential-shared"]
 OPTIONS: dict[str, Any] = {"attention_mask": RAGGED.attention_mask, "max_new_tokens": NEW}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from decoding_cases import base_continuation, ragged_batch, script_picks
+from decoding_cases import base_continuation, ragged_batch, script_levels, script_picks
 from head_cases import CHANGES_BASE, IN_TURN, WITH_CACHE, head_model
 from headway.decoding.cache import RaggedCache, attention_windows
 from headway.decoding.engine import ENGINE, decoding_context
@@ -19,7 +19,7 @@ BATCHES = {"alone": ragged_batch([5], "l"), "ragged": ragged_batch([1, 9, 6], "l
 SEQUENTIAL = sorted(name for name in WITH_CACHE if name in IN_TURN)
 
 
-def largest_difference(name, batch, monkeypatch, *, drafts=3, family="llama"):
+def largest_difference(name, batch, monkeypatch, *, drafts=3, family="llama", asked=None):
     """Over keys and values of base and heads at every position whose tokens are known; also the acceptances."""
     model = head_model(name, family, dtype=torch.float64)
     room = 4 * STEPS + 8
@@ -31,13 +31,14 @@ def largest_difference(name, batch, monkeypatch, *, drafts=3, family="llama"):
     else:
         truth = [base_continuation(model, row, room) for row in batch.rows()]
     with monkeypatch.context() as patch:
-        script_picks(patch, truth)
+        (script_levels if asked else script_picks)(patch, truth)
         loop = ENGINE.start(
             model,
             batch.input_ids,
             attention_mask=batch.attention_mask,
             max_new_tokens=room,
             num_draft_tokens=drafts,
+            **(asked or {}),
         )
         with decoding_context(model):
             for _ in range(STEPS):
@@ -74,6 +75,16 @@ def test_every_known_position_has_the_keys_and_values_of_a_full_forward(name, ba
 def test_sequential_caches_are_right_in_other_families_and_for_shorter_drafts(family, drafts, monkeypatch):
     worst, _ = largest_difference("sequential", BATCHES["ragged"], monkeypatch, drafts=drafts, family=family)
     assert worst < 1e-5
+
+
+@pytest.mark.parametrize(
+    "asked", [{"tree": 9}, {"tree": "dynamic", "tree_nodes": 4}, {"drafts": "heads+lookup"}], ids=str
+)
+@pytest.mark.parametrize("family", ["llama", "qwen3-sliding"])
+def test_sequential_caches_are_right_after_paths_of_trees(family, asked, monkeypatch):
+    worst, lengths = largest_difference("sequential", BATCHES["ragged"], monkeypatch, family=family, asked=asked)
+    assert worst < 1e-5
+    assert len(lengths) > 1
 
 
 @pytest.mark.parametrize("name", SEQUENTIAL)

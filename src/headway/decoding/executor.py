@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headway.decoding.cache import RaggedCache, attention_windows
+from headway.decoding.draft_places import CachePlaces, ForwardColumns, block_slots, branches, keeps_drafts
 from headway.decoding.gaps import REREAD, HeadGaps
 from headway.decoding.levels import FIRST_OFFSET, Levels, SharedLevels, SteppedLevels
 from headway.decoding.masks import BlockMasks
 from headway.decoding.prefill import pieces, reads_at_once
 from headway.decoding.prompts import Prompts
 from headway.decoding.room import check_room
-from headway.functional.row_trees import DynamicTree, RowTrees
+from headway.functional.row_trees import DynamicTree, RowTrees, after_known
 from headway.functional.tree import Tree
 from headway.heads.base import DraftPoint, Heads
 from headway.model.output import OffsetHiddenStates
@@ -72,7 +73,6 @@ class EagerExecutor:
         Raises:
             DecodingError: the cache at its limit takes more memory than is free.
         """
-        width = num_draft_tokens + 1 if tree is None else len(tree)
         self._model = model
         self._prompts = prompts
         embedding = model.get_input_embeddings().weight
@@ -82,11 +82,16 @@ class EagerExecutor:
         self._last_position = max(prompts.lengths) + max_new_tokens - 2
         self._lookback: int = model.heads.lookback(num_draft_tokens)
         most_repeated = most_repeated_tokens(model.heads, num_draft_tokens, changing=changing)
+        width = block_slots(model.heads, num_draft_tokens, tree)
         self._chunk = None if reads_at_once(model.config) else prefill_chunk_tokens
         self._num_draft_tokens = num_draft_tokens
         self._head_layers: int = model.heads.cache_layers(num_draft_tokens)
         capacity = max(prompts.lengths) + max_new_tokens + width - 1 + most_repeated
         windows = attention_windows(model.config, num_heads=self._head_layers)
+        # Whether drafts may branch though heads keep keys and values of drafted tokens.
+        self._by_path = keeps_drafts(model.heads, num_draft_tokens) and branches(tree)
+        self._head_window = windows[-1]
+        self._columns = ForwardColumns((), ())
         self.cache = self._new_cache(windows, capacity=capacity, max_new_tokens=max_new_tokens)
         self._gaps = HeadGaps(model.heads, self.cache, longest=num_draft_tokens) if changing else None
         self._unwritten: deque[tuple[list[int], Tensor]] = deque(maxlen=most_repeated + 1)
@@ -150,6 +155,7 @@ class EagerExecutor:
         # Filler at the end of short rows is behind every real token's back and its slots are overwritten later.
         states = self._run(ids_BP, None, self._positions_BC.narrow(1, 0, columns), num_offsets)
         last_B = torch.tensor(self._prompts.lengths, device=self.device) - 1
+        self._columns = ForwardColumns([0] * len(last_B), [length - 1 for length in self._prompts.lengths])
         self._remember(states, ids_BP, last_B)
         if min(self._prompts.lengths) == columns:
             return _select(states, slice(columns - 1, columns))
@@ -235,12 +241,34 @@ class EagerExecutor:
         Returns:
             Hidden states [B, R, D].
         """
+        back = self._lookback
         if self._gaps is not None:
-            self._gaps.begin(positions, num_offsets - 1, room=False)
+            back = self._gaps.begin(positions, num_offsets - 1, room=self._by_path)
         self._tree_block_BR = block_BR
+        if back:
+            return self._tree_block_after(back, block_BR, positions, tree, num_offsets=num_offsets)
         states = self._tree_block(block_BR, positions, tree, num_offsets=num_offsets)
+        self._columns = ForwardColumns(positions, [0] * len(positions), tree)
         self._remember(states, block_BR, torch.zeros_like(self._rows_B))
         return states
+
+    def _tree_block_after(
+        self, back: int, block_BR: Tensor, positions: Sequence[int], tree: Tree | RowTrees, *, num_offsets: int
+    ) -> OffsetHiddenStates:
+        """The same with known tokens before it: a larger tree, which begins with a chain."""
+        self._write_text()
+        starts = [max(0, position - back) for position in positions]
+        roots = [position - start for position, start in zip(positions, starts, strict=True)]
+        # What lies behind a short row's tree is overwritten in time.
+        whole = after_known(tree, roots)
+        start_B1, root_B1 = (torch.tensor(own, device=self.device)[:, None] for own in (starts, roots))
+        columns_BR = root_B1 + self._positions_BC[:1, : len(tree)]
+        window_BW = self._text_BC.gather(1, start_B1 + self._positions_BC[:1, : len(whole)])
+        window_BW.scatter_(1, columns_BR, block_BR)
+        states = self._tree_block(window_BW, starts, whole, num_offsets=num_offsets)
+        self._columns = ForwardColumns(starts, roots, tree)
+        self._remember(states, window_BW, root_B1[:, 0])
+        return self._gather(states, columns_BR)
 
     def _tree_block(
         self, block_BR: Tensor, positions: Sequence[int], tree: Tree | RowTrees, *, num_offsets: int
@@ -300,6 +328,7 @@ class EagerExecutor:
             # Written only when they are repeated, so that a forward without drafts costs what plain decoding does.
             self._unwritten.append((list(positions), block_BM))
             states = self._block(block_BM, positions, num_offsets=num_offsets)
+            self._columns = ForwardColumns(positions, [0] * len(positions))
             self._remember(states, block_BM, torch.zeros_like(self._rows_B))
             return states
         self._unwritten.append((list(positions), block_BM))
@@ -311,6 +340,7 @@ class EagerExecutor:
         window_BW = self._text_BC.gather(1, start_B1 + self._positions_BC[:1, : back + block_BM.shape[1]])
         states = self._block(window_BW, starts, num_offsets=num_offsets)
         first_B1 = position_B1 - start_B1
+        self._columns = ForwardColumns(starts, [at - start for at, start in zip(positions, starts, strict=True)])
         self._remember(states, window_BW, first_B1[:, 0])
         return self._gather(states, first_B1 + columns_1M)
 
@@ -417,8 +447,18 @@ class EagerExecutor:
                 return SharedLevels(logits_KBV)
             return SharedLevels(logits_KBV, bias=self._markov_bias, soft_cap=self._soft_cap)
         assert self._known is not None
-        columns_B = self._known.columns_B + torch.as_tensor(nodes, device=self.device)
-        return SteppedLevels(heads.begin_draft(replace(self._known, columns_B=columns_B)), self._stepped_logits)
+        if self._by_path:
+            assert not isinstance(nodes, Tensor)
+            point = replace(self._known, places=self._places(nodes))
+        else:
+            point = replace(self._known, columns_B=self._known.columns_B + torch.as_tensor(nodes, device=self.device))
+        return SteppedLevels(heads.begin_draft(point), self._stepped_logits)
+
+    def _places(self, nodes: Sequence[int]) -> CachePlaces:
+        """Where a draft that may branch stands after the last forward."""
+        columns_BW, last_B = self._columns.known(nodes, self.device)
+        dtype = self._model.get_input_embeddings().weight.dtype
+        return CachePlaces(columns_BW, last_B, self.cache, self._head_window, dtype, self._columns.starts)
 
     def draft_picked(
         self, states: OffsetHiddenStates, accepted: Nodes, *, last_B: Tensor, count: int, pick: Pick

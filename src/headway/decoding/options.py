@@ -57,7 +57,7 @@ class DecodingOptions:
             `headway calibrate` found for this checkpoint on this machine, with its draft vocabulary; "dynamic" for a
             shape that every row's draft probabilities make anew for every forward (EAGLE-2). A rank counts the candidates
             of a place, the most likely one being 0: of its offset where heads draft at once, of its offset after the tokens
-            of the node's own path where they draft in turn (a Markov bias, Hydra).
+            of the node's own path where they draft in turn (a Markov bias, Hydra, sequential modules).
         tree_nodes: drafted tokens that a dynamic tree keeps; None for DYNAMIC_NODES.
         tree_width: candidates per depth that a dynamic tree expands, and tokens that each is expanded by; None for
             DYNAMIC_WIDTH.
@@ -221,7 +221,7 @@ def plan_drafts(options: DecodingOptions, model: Any, *, do_sample: bool, batch:
     """Drafts of a model under the options; a calibrated tree is that of so many rows.
 
     Raises:
-        DecodingError: more than the model's heads can draft, or trees of heads that draft only chains.
+        DecodingError: more than the model's heads can draft.
     """
     if options.sample_drafts and not do_sample:
         raise DecodingError("sample_drafts=True needs do_sample=True; greedy decoding drafts the most likely tokens")
@@ -251,13 +251,7 @@ def plan_drafts(options: DecodingOptions, model: Any, *, do_sample: bool, batch:
             tree = _asked_tree(options.tree, heads, vocabulary=vocabulary)
     if heads == 0:
         return DraftPlan(0, tree, lookup, sampled=False, controlled=controlled)
-    plan = DraftPlan(tree.depth, tree, lookup, options.sample_drafts, controlled=controlled)
-    if not model.heads.drafts_trees and not plan.widest.is_chain:
-        raise DecodingError(
-            f"{model.mtp_config.heads} heads keep keys and values of the tokens they have drafted, and draft only a chain: "
-            f"leave tree out and pass drafts='heads' or drafts='lookup'"
-        )
-    return plan
+    return DraftPlan(tree.depth, tree, lookup, options.sample_drafts, controlled=controlled)
 
 
 def _asked_tree(asked: int | str | Sequence[Sequence[int]], heads: int, *, vocabulary: int) -> Tree:

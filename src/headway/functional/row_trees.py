@@ -64,6 +64,22 @@ class RowTrees:
         return seen_BRR > 0
 
 
+def after_known(tree: Tree | RowTrees, known: Sequence[int]) -> Tree | RowTrees:
+    """A tree behind known tokens of each row.
+
+    >>> after_known(Tree.chain(1), [2, 0]).trees
+    (Tree(parents=(-1, 0, 1, 2), ranks=(-1, -1, -1, 0)), Tree(parents=(-1, 0, 1, 2), ranks=(-1, 0, -1, -1)))
+
+    Args:
+        tree: of all rows or of each.
+        known: per row how many known tokens come before its root; rows with fewer have fillers behind their trees.
+    """
+    most = max(known)
+    if isinstance(tree, Tree) and min(known) == most:
+        return tree.after(most)
+    return RowTrees(tuple(tree.of_row(row).after(own, filler=most - own) for row, own in enumerate(known)))
+
+
 @dataclass(frozen=True)
 class DynamicTree:
     """How far trees grow whose shapes follow the probabilities of the draft.

@@ -166,6 +166,20 @@ class Tree:
         count = sum(own <= depth for own in self.depths)
         return Tree(self.parents[:count], self.ranks[:count])
 
+    def after(self, known: int, *, filler: int = 0) -> Tree:
+        """The same below a chain of `known` nodes, with a chain of `filler` nodes below its last one; their ranks are -1.
+
+        >>> Tree.from_choices([(0,), (1,)]).after(2, filler=1).parents
+        (-1, 0, 1, 2, 2, 4)
+        """
+        size = known + len(self)
+        parents = (
+            *range(-1, known),
+            *(parent + known for parent in self.parents[1:]),
+            *range(size - 1, size - 1 + filler),
+        )
+        return Tree(parents, (*[-1] * known, *self.ranks, *[-1] * filler))
+
     def with_branch(self, length: int) -> Tree:
         """The same with a further chain from the root, whose ranks are -1 and whose nodes are last of their depth."""
         nodes: list[tuple[int, int, int]] = [  # depth, parent, rank

@@ -9,7 +9,7 @@ Everybody outside this room (model, losses, decoding) knows heads through `Heads
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, cast
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from headway.heads.auxiliary import RegisterTokens, TokenOrderHead
+from headway.heads.call_arguments import at_columns, by_name, select
 from headway.heads.markov import MarkovBias
 
 
@@ -67,6 +68,21 @@ class LayerCall:
         output = layer(self.hidden_BTD if hidden_BTD is None else hidden_BTD, *args, **kwargs)
         return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
+    def moved(self, layer: nn.Module, columns_BX: Tensor, mask_B1XS: Tensor) -> LayerCall:
+        """The same call of a layer at other positions of its rows, where each sees what a mask says.
+
+        Args:
+            layer: of the family.
+            columns_BX: which position of this call stands at each of the X new ones.
+            mask_B1XS: additive, over the slots that the cache shows when the layer runs.
+
+        Raises:
+            ConfigError: a family whose layers get per-position arguments that are not known here.
+        """
+        arguments = by_name(layer, self.args, self.kwargs)
+        kwargs = at_columns(arguments, columns_BX, mask_B1XS, instead="draft a chain: leave tree out")
+        return replace(self, hidden_BTD=select(self.hidden_BTD, columns_BX), args=(), kwargs=kwargs)
+
     def without_cache(self) -> LayerCall:
         """The same call, storing no keys and values."""
         return replace(
@@ -102,6 +118,45 @@ class HeadInputs:
 
 
 @dataclass(frozen=True)
+class DraftPlaces(ABC):
+    """Where a draft that branches keeps keys and values: known positions at their own slots, drafted tokens behind them.
+
+    At depth k of the heads the entry of position p is that of the token k places later. A draft's root, the token that the
+    base has just chosen, therefore has its entry k - 1 positions before each row's last known one, and a drafted token
+    `levels` below the root so many positions after that.
+
+    Attributes:
+        columns_BW: columns of the pass that hold each row's known positions in order, fillers after its last.
+        last_B: which of them is each row's last that stands.
+    """
+
+    columns_BW: Tensor
+    last_B: Tensor
+
+    @abstractmethod
+    def call(
+        self,
+        call: LayerCall,
+        layer: nn.Module,
+        *,
+        depth: int,
+        known: int,
+        levels: Sequence[int],
+        ancestors_BNN: Tensor,
+    ) -> LayerCall:
+        """The next call of a layer; its keys and values are stored.
+
+        Args:
+            call: of the pass.
+            layer: of the family.
+            depth: of the heads, from 1.
+            known: how many of the W known positions come first.
+            levels: of the N drafted tokens that follow; the root has 0.
+            ancestors_BNN: whether the token of the column is that of the row or above it.
+        """
+
+
+@dataclass(frozen=True)
 class DraftPoint:
     """Where a draft starts: one pass of the base, and a place in it for each row.
 
@@ -111,12 +166,15 @@ class DraftPoint:
         tokens_BW: what the pass was fed, in which everything up to the place stands.
         columns_B: each row's last token that stands; the draft begins two tokens later, after the token that the base
             has just chosen.
+        places: of a draft that branches, for heads that keep keys and values of drafted tokens: these alone say then where
+            the draft starts; None for a chain.
     """
 
     inputs: HeadInputs
     future_hidden: tuple[Tensor, ...]
     tokens_BW: Tensor
     columns_B: Tensor
+    places: DraftPlaces | None = None
 
     def at(self, hidden_BWD: Tensor) -> Tensor:
         """Each row's hidden state [B, D] at its place."""
@@ -142,7 +200,6 @@ class Heads(nn.Module, ABC):
         reads_tokens: whether bodies read the tokens between a position and its offset: known in training, drafted one
             after the other in decoding.
         changes_base: whether the bodies are part of the next-token path.
-        drafts_trees: whether a draft may branch; those that keep keys and values of drafted tokens draft one path only.
         reading: where the bodies read.
         num_heads: n - 1.
         unembeddings: the offsets' own output matrices, from offset 2 on; None where they share the base's.
@@ -153,7 +210,6 @@ class Heads(nn.Module, ABC):
     uses_final_norm: bool = True
     reads_tokens: ClassVar[bool] = False
     changes_base: ClassVar[bool] = False
-    drafts_trees: ClassVar[bool] = True
     reading: Reading = TRUNK_OUTPUT
 
     def __init__(

@@ -14,24 +14,19 @@ Source: EAGLE-3 (arXiv:2503.01840), section 3.2 and Figure 6.
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from headway.errors import ConfigError
 from headway.heads.base import LayerCall
-
-_MASK = "attention_mask"
-_ALONG_POSITIONS = ("position_ids", "position_embeddings", "cache_position")
+from headway.heads.call_arguments import MASK, at_columns, by_name, select
 
 
 def named(call: LayerCall, layer: nn.Module) -> LayerCall:
     """The same call with every argument but the hidden states by name."""
-    names = list(inspect.signature(type(layer).forward).parameters)[2 : 2 + len(call.args)]
-    return replace(call, args=(), kwargs={**dict(zip(names, call.args, strict=True)), **call.kwargs})
+    return replace(call, args=(), kwargs=by_name(layer, call.args, call.kwargs))
 
 
 def at_positions(call: LayerCall, columns_X: Tensor, mask: Tensor | None) -> LayerCall:
@@ -45,28 +40,9 @@ def at_positions(call: LayerCall, columns_X: Tensor, mask: Tensor | None) -> Lay
     Raises:
         ConfigError: a family whose layers get per-position arguments that are not known here.
     """
-    kwargs: dict[str, Any] = {}
-    for name, value in call.kwargs.items():
-        if name == _MASK:
-            kwargs[name] = mask
-        elif name in _ALONG_POSITIONS:
-            kwargs[name] = _select(value, columns_X)
-        elif isinstance(value, Tensor):
-            raise ConfigError(
-                f"layers of this family get {name} of shape {tuple(value.shape)}, which cannot be moved to other positions; "
-                f"train the heads on the text (train_on_drafts=False), without registers"
-            )
-        else:
-            kwargs[name] = value
-    return replace(call, hidden_BTD=call.hidden_BTD.index_select(1, columns_X), kwargs=kwargs)
-
-
-def _select(value: Any, columns_X: Tensor) -> Any:
-    if isinstance(value, tuple | list):
-        return type(value)(_select(item, columns_X) for item in value)
-    if not isinstance(value, Tensor):
-        return value
-    return value.index_select(min(1, value.ndim - 1), columns_X)
+    instead = "train the heads on the text (train_on_drafts=False), without registers"
+    kwargs = at_columns(call.kwargs, columns_X, mask, instead=instead)
+    return replace(call, hidden_BTD=select(call.hidden_BTD, columns_X), kwargs=kwargs)
 
 
 class Lanes:
@@ -79,7 +55,7 @@ class Lanes:
             ConfigError: an attention implementation that takes no mask per token pair.
         """
         self._call = named(call.without_cache(), layer)
-        mask = self._call.kwargs.get(_MASK)
+        mask = self._call.kwargs.get(MASK)
         if mask is not None and mask.ndim != 4:
             raise ConfigError(
                 f"train_on_drafts needs a mask per token pair: got one of shape {tuple(mask.shape)}; load the model with "

@@ -35,6 +35,7 @@ from headway.heads.base import (
     Reading,
     TokenReadingHeads,
 )
+from headway.heads.draft_paths import PathDraft
 from headway.heads.lanes import Lanes
 from headway.heads.options import HeadOptions
 from headway.heads.parts import BaseParts, place_in_cache
@@ -62,8 +63,6 @@ class SequentialModule(nn.Module):
 
 class SequentialHeads(ChainedHeads, TokenReadingHeads):
     """A chain of modules; offsets are drafted in turn."""
-
-    drafts_trees = False
 
     def __init__(self, parts: BaseParts, options: HeadOptions, *, num_heads: int) -> None:
         count = min(num_heads, 1) if options.share_modules else num_heads
@@ -127,6 +126,9 @@ class SequentialHeads(ChainedHeads, TokenReadingHeads):
 
     def begin_draft(self, point: DraftPoint) -> DraftStep:
         """See `Heads.begin_draft`: every depth runs over all positions of the pass, the repeated ones included."""
+        if point.places is not None:
+            hidden_BWD, layer = self.start(point.inputs), self.decoder_layers[0]
+            return PathDraft(point, point.places, hidden_BWD, deepen=self._deepen, layer=layer)
         rows_B = torch.arange(point.tokens_BW.shape[0], device=point.tokens_BW.device)
         width = point.tokens_BW.shape[1]
         room = point.tokens_BW.new_zeros(point.tokens_BW.shape[0], self.num_heads)

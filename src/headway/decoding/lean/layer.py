@@ -55,6 +55,7 @@ class LeanLayer:
     """The weights of one decoder layer, fused, and its forward.
 
     Attributes:
+        window: tokens that a position sees, itself included; None for all.
         num_bytes: of the copies made for it.
         weights: what the C++ kernel reads of the layer; None where it does not serve it.
     """
@@ -77,7 +78,7 @@ class LeanLayer:
         self._kv_heads = int(config.num_key_value_heads)
         self._groups = self._heads // self._kv_heads
         self._scale = float(attention.scaling)
-        self._window = window
+        self.window = window
         way = fastest_way(attention.o_proj.weight) if way is None else way
         qkv = (
             [attention.qkv_proj] if hasattr(attention, "qkv_proj") else _three(attention, "q_proj", "k_proj", "v_proj")
@@ -146,7 +147,7 @@ class LeanLayer:
         if run.cache is not None:
             keys_BKSd, values_BKSd = run.cache.update(keys_BKSd, values_BKSd, cache_index)
         if run.masks:
-            mixed_BMX = self._attend_to_cache(q_BMHd, keys_BKSd, values_BKSd, run.masks[self._window])
+            mixed_BMX = self._attend_to_cache(q_BMHd, keys_BKSd, values_BKSd, run.masks[self.window])
         else:
             mixed_BMX = self._attend_causally(q_BMHd, keys_BKSd, values_BKSd)
         return self._out(mixed_BMX)
@@ -155,10 +156,10 @@ class LeanLayer:
         """A pass from slot 0: position i sees slots up to i, `window` of them at most."""
         batch, positions = q_BMHd.shape[:2]
         mask = None
-        if self._window is not None and positions > self._window:
+        if self.window is not None and positions > self.window:
             index_M = torch.arange(positions, device=q_BMHd.device)
             gap_MS = index_M[:, None] - index_M
-            mask = (gap_MS >= 0) & (gap_MS < self._window)
+            mask = (gap_MS >= 0) & (gap_MS < self.window)
         mixed_BHMd = F.scaled_dot_product_attention(
             q_BMHd.transpose(1, 2),
             keys_BKSd[:, :, :positions].repeat_interleave(self._groups, dim=1),

@@ -28,6 +28,7 @@ from headway.decoding.lean.passes import LeanPass
 from headway.decoding.lean.stack import LayerStack, serves
 from headway.functional.rotary import signed_sine
 from headway.heads.base import HeadInputs, LayerCall, Reading
+from headway.heads.call_arguments import select
 from headway.heads.linear import LinearHeads
 from headway.model.output import OffsetHiddenStates
 
@@ -54,6 +55,13 @@ class LeanCall(LayerCall):
         if getattr(run.cache, "hidden", None):
             run = replace(run, masks={window: run.cache.hide(index, mask) for window, mask in run.masks.items()})
         return self.layers[id(layer)](hidden_BMD, run, cache_index=index)
+
+    def moved(self, layer: nn.Module, columns_BX: Tensor, mask_B1XS: Tensor) -> LeanCall:
+        """See `LayerCall.moved`."""
+        window = self.layers[id(layer)].window
+        positions_BX = select(self.run.position_ids_BM, columns_BX)
+        run = replace(self.run, position_ids_BM=positions_BX, masks={window: mask_B1XS})
+        return replace(self, hidden_BTD=select(self.hidden_BTD, columns_BX), run=run)
 
     def without_cache(self) -> LeanCall:
         """See `LayerCall.without_cache`."""
