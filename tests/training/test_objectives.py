@@ -17,6 +17,7 @@ from headway.training.metrics import step_scalars
 from headway.training.model_building import base_config
 from headway.training.parallel import heads_may_rest
 from headway.training.rng import preserved_rng, seed_everything
+from headway.training.run_files import TOKENS
 from headway.training.starting_model import starting_model
 from small_runs import assert_same_run, lines, weights
 
@@ -156,6 +157,12 @@ def test_a_teacher_from_a_folder_teaches_and_is_not_saved(make_config, tmp_path)
         train(make_config("other", objective="kl", teacher=folder, tokenizer="integers:300"))
     with pytest.raises(ConfigError, match="name a folder or a hub name"):
         train(make_config("none", objective="kl", teacher=str(tmp_path / "nothing")))
+
+
+def test_a_teacher_that_cannot_be_had_is_refused_before_any_text_is_read(make_config, tmp_path):
+    with pytest.raises(ConfigError, match=r"teacher=nobody/nothing cannot be loaded: .*the hub cannot be reached"):
+        train(make_config("run", objective="kl", teacher="nobody/nothing"))
+    assert not (tmp_path / "run" / TOKENS).exists()
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -15,6 +15,7 @@ from headway.training.estimate import plan_training
 from headway.training.events import StepDone
 from headway.training.interruption import TrainingInterruptedError
 from headway.training.loop import train
+from headway.training.run_files import TOKENS
 from headway.training.starting_model import model_from_folder
 from small_runs import assert_same_run, lines, weights
 
@@ -89,6 +90,14 @@ def test_heads_of_another_kind_are_refused_unless_all_are_dropped(tmp_path):
     again = model_from_folder(tmp_path / "medusa", wanted(3, heads="medusa", blocks_per_head=2)).eval()
     assert torch.equal(future(again), future(model))
     assert torch.equal(future(model_from_folder(tmp_path / "medusa", wanted(1)).eval()), future(model)[:, :, :1])
+
+
+def test_heads_that_do_not_fit_are_refused_before_any_text_is_read(make_config, tmp_path):
+    saved(tmp_path / "medusa", layers=2, heads="medusa", blocks_per_head=2)
+    given = {"init_from": str(tmp_path / "medusa"), "hidden_size": None, "num_layers": None, "num_heads": None}
+    with pytest.raises(ConfigError, match=r"has heads with blocks_per_head=2: got blocks_per_head=1"):
+        train(make_config("run", heads="medusa", num_future_tokens=3, **given))
+    assert not (tmp_path / "run" / TOKENS).exists()
 
 
 def test_heads_in_the_next_token_path_stay_as_many_as_they_are(tmp_path):

@@ -16,6 +16,7 @@ from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+from headway.data.hub_names import why_not_there
 from headway.data.pieces import MAX_PIECE_BYTES as MAX_PIECE_BYTES
 from headway.data.pieces import split_into_pieces as split_into_pieces
 from headway.errors import ConfigError, DataError
@@ -161,6 +162,12 @@ def load_tokenizer(name_or_path: str | PathLike[str], *, trust_remote_code: bool
                 f"{INTEGERS} is followed by a number of ids: got {name!r}; pass for example integers:1024"
             )
         return integer_tokenizer(int(count))
+    missing = why_not_there(name)
+    if missing is not None:
+        raise DataError(
+            f"no tokenizer could be loaded from {name!r} ({missing}); pass 'bytes', a folder with tokenizer.json, "
+            f"or the name of a Hugging Face repository that this machine can reach"
+        )
     try:
         declared = get_tokenizer_config(name)
         generic = declared.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")

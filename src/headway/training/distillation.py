@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from headway.data.hub_names import why_not_there
 from headway.data.tokenizers import load_tokenizer
 from headway.errors import ConfigError, DataError
 from headway.model.checkpoint import has_heads, read_multi_token_config
@@ -32,6 +33,34 @@ def set_objective(config: TrainConfig, model: MultiTokenLM, tokenizer: Any, *, d
     model.train_towards(training_objective(config), teacher=teacher)
 
 
+def check_teacher(name: str, tokenizer: Any) -> None:
+    """What can be said against a teacher without its weights, so that it is said before text is tokenised.
+
+    Args:
+        name: folder or hub name.
+        tokenizer: of the run.
+
+    Raises:
+        ConfigError: no such folder or repository, a base that is no model without its heads, or other tokens than the run's.
+    """
+    _check_name(name)
+    folder = Path(name)
+    if has_heads(folder) and read_multi_token_config(folder).changes_base:
+        raise ConfigError(
+            f"teacher={name} has heads in its next-token path, so that its base alone is no model; export it with headway "
+            f"convert --to hf first"
+        )
+    try:
+        own = load_tokenizer(name)
+    except DataError as error:
+        raise _not_loaded(name, error) from error
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(
+            f"teacher={name} reads other tokens than the run: got {len(own)} and {len(tokenizer)} of them; choose a teacher "
+            f"with the run's tokenizer, or set tokenizer to the teacher's"
+        )
+
+
 def teacher_bytes(name: str) -> int:
     """Bytes of a teacher's weights in the precision in which they were saved; none is allocated or loaded.
 
@@ -41,6 +70,7 @@ def teacher_bytes(name: str) -> int:
     Raises:
         ConfigError: no configuration of a causal LM there.
     """
+    _check_name(name)
     try:
         shape = AutoConfig.from_pretrained(name)
         with torch.device("meta"):
@@ -57,21 +87,15 @@ def _not_loaded(name: str, error: Exception) -> ConfigError:
     )
 
 
+def _check_name(name: str) -> None:
+    reason = why_not_there(name)
+    if reason is not None:
+        raise ConfigError(f"teacher={name} cannot be loaded: {reason}; name a folder or a hub name")
+
+
 def _load(name: str, tokenizer: Any) -> Any:
-    folder = Path(name)
-    if has_heads(folder) and read_multi_token_config(folder).changes_base:
-        raise ConfigError(
-            f"teacher={name} has heads in its next-token path, so that its base alone is no model; export it with headway "
-            f"convert --to hf first"
-        )
+    check_teacher(name, tokenizer)
     try:
-        own = load_tokenizer(name)
-        teacher = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
-    except (OSError, ValueError, KeyError, RuntimeError, DataError) as error:
+        return AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise _not_loaded(name, error) from error
-    if own.get_vocab() != tokenizer.get_vocab():
-        raise ConfigError(
-            f"teacher={name} reads other tokens than the run: got {len(own)} and {len(tokenizer)} of them; choose a teacher "
-            f"with the run's tokenizer, or set tokenizer to the teacher's"
-        )
-    return teacher

@@ -19,7 +19,7 @@ from headway.training.checkpoint import Checkpoint, RunState
 from headway.training.config import TrainConfig
 from headway.training.config_file import to_yaml
 from headway.training.corpus import TrainingData, describe_passes, prepare_data, with_steps
-from headway.training.distillation import set_objective
+from headway.training.distillation import check_teacher, set_objective
 from headway.training.events import Event, Listener, Notice
 from headway.training.final_model import write_final_model
 from headway.training.identity import check_same_run, run_identity
@@ -45,7 +45,7 @@ from headway.training.run_directory import (
     claimed,
     write_text,
 )
-from headway.training.starting_model import starting_model
+from headway.training.starting_model import check_start, starting_model
 from headway.training.step_shape import StepShape, alone, resumed_shape, step_shape
 from headway.training.telemetry import Telemetry
 from headway.training.threads import thread_count
@@ -139,6 +139,10 @@ def train(
             announce(Notice(text))
         tokenizer = processes.main_first(lambda: load_tokenizer(config.tokenizer_name))
         shape = processes.together(lambda: base_config(config, tokenizer))
+        processes.together(lambda: check_start(config))
+        if config.teacher is not None:
+            teacher = config.teacher
+            processes.main_first(lambda: check_teacher(teacher, tokenizer))
         processes.on_main(lambda: write_text(folder / CONFIG, to_yaml(config)))
         data = processes.main_first(
             lambda: prepare_data(

@@ -40,6 +40,17 @@ def starting_model(config: TrainConfig, shape: Any) -> MultiTokenLM:
     return model
 
 
+def check_start(config: TrainConfig) -> None:
+    """What can be said against `init_from` without its weights, so that it is said before text is tokenised.
+
+    Raises:
+        ConfigError: heads of another architecture, or ones whose number cannot be changed.
+        CheckpointError: a folder whose configuration of heads is damaged.
+    """
+    if config.init_from is not None:
+        _check_heads(Path(config.init_from), multi_token_config(config))
+
+
 def model_from_folder(folder: Path, wanted: MultiTokenConfig) -> MultiTokenLM:
     """A pretrained base with n' heads: those that the folder has, without the farthest or with copies of the last layer.
 
@@ -55,11 +66,9 @@ def model_from_folder(folder: Path, wanted: MultiTokenConfig) -> MultiTokenLM:
 
     Source: Gloeckle et al. 2024, section 3.6: finetuning with n' = 1 ("extra heads removed") and with n' = n.
     """
-    if not has_heads(folder):
-        _check_new_heads(folder, wanted)
+    held = _check_heads(folder, wanted)
+    if held is None:
         return MultiTokenLM(_base(folder, folder), wanted)
-    held = read_multi_token_config(folder)
-    _check_same_heads(folder, held, wanted)
     record = read_record(folder)
     check_heads_file(folder, record)
     place, options = base_place(folder)
@@ -96,6 +105,16 @@ def _base(folder: Path, place: Path, **options: Any) -> Any:
             f"init_from={folder} cannot be loaded as a causal LM: {detail}; name a folder that save_pretrained wrote",
             path=folder,
         ) from error
+
+
+def _check_heads(folder: Path, wanted: MultiTokenConfig) -> MultiTokenConfig | None:
+    """The heads that the folder has, which can become the wanted ones; None where it has none."""
+    if not has_heads(folder):
+        _check_new_heads(folder, wanted)
+        return None
+    held = read_multi_token_config(folder)
+    _check_same_heads(folder, held, wanted)
+    return held
 
 
 def _check_new_heads(folder: Path, wanted: MultiTokenConfig) -> None:
