@@ -315,13 +315,14 @@ def test_bytes_are_never_sliced():
     assert calibration_run.SMALLEST_SLICED_VOCABULARY > 300
 
 
-def test_heads_that_draft_only_chains_get_the_best_chain(tmp_path, even_costs):
+def test_sequential_modules_get_trees_like_all_heads(tmp_path, even_costs):
     folder = tmp_path / "sequential"
     train(tiny_model(heads="sequential"), steps=20).save_pretrained(folder)
     model = MultiTokenLM.from_pretrained(folder)
     result = calibrate(model, TEXT, replace(OPTIONS, lookup=True))
-    assert result.trees == result.beside_lookup == ()
-    assert Tree.from_choices(result.calibration.tree).is_chain
+    assert result.trees
+    assert result.beside_lookup
+    assert not Tree.from_choices(result.trees[-1].tree.choices).is_chain
     prompt_1T = torch.tensor([TEXT[:9]])
     assert torch.equal(
         model.generate(prompt_1T, max_new_tokens=20, tree="calibrated"),

@@ -100,16 +100,19 @@ def _drafted_alone(model, asked, options, monkeypatch):
     return seen, lengths
 
 
-@pytest.mark.parametrize("architecture", KINDS_OF_HEADS)
+@pytest.mark.parametrize(
+    ("architecture", "options"), [*((name, {}) for name in KINDS_OF_HEADS), ("sequential", {"tree": 7})], ids=str
+)
 @settings(QUIET, max_examples=2)
 @given(asked=st.lists(st.tuples(st.integers(0, 3), requests()), min_size=3, max_size=5))
-def test_heads_of_every_kind_draft_what_they_draft_alone(architecture, asked, monkeypatch):
+def test_heads_of_every_kind_draft_what_they_draft_alone(architecture, options, asked, monkeypatch):
     model = _head_model(architecture)
     asked = _different(asked)
-    seen, lengths = _drafted_alone(model, asked, {}, monkeypatch)
+    seen, lengths = _drafted_alone(model, asked, options, monkeypatch)
     with monkeypatch.context() as patch:
         together = script(patch, model, asked)
-        completions = serve(Scheduler(model, max_rows=3), [(place % 3, request) for place, request in enumerate(asked)])
+        scheduler = Scheduler(model, max_rows=3, **options)
+        completions = serve(scheduler, [(place % 3, request) for place, request in enumerate(asked)])
     for request, completion in zip(asked, completions, strict=True):
         assert completion.tokens == alone(model, request)
         assert completion.acceptance.lengths == lengths[request.prompt]

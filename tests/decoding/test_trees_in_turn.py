@@ -111,7 +111,7 @@ def test_the_comparison_with_paths_would_notice_candidates_of_another_node(monke
         test_every_node_holds_the_token_of_its_rank_after_its_own_path("linear-tap-markov", "eager", monkeypatch)
 
 
-@pytest.mark.parametrize("name", ["linear-tap-markov", "hydra"])
+@pytest.mark.parametrize("name", ["linear-tap-markov", "hydra", "sequential"])
 def test_drawn_trees_ask_for_the_distribution_after_the_path(name, monkeypatch):
     model = head_model(name, dtype=torch.float64)
     asked = []
