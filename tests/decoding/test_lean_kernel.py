@@ -14,6 +14,7 @@ from head_cases import head_model
 from headway.decoding.cache import RaggedCache
 from headway.decoding.lean import native, pages
 from headway.decoding.lean.executor import LeanExecutor
+from headway.decoding.lean.few_rows import FewRows
 from headway.decoding.lean.integers import Quantizer
 from headway.decoding.lean.layer import LeanLayer
 from headway.decoding.lean.linear import FusedLinear
@@ -256,6 +257,38 @@ def test_a_chain_takes_the_likeliest_token_after_the_one_before(dtype: torch.dty
         assert torch.equal(markov.likeliest(logits_KBV, torch.tensor([4, 11])), torch.stack(expected, dim=1))
         assert torch.equal(markov(previous_B[:, None])[:, 0], markov(previous_B))
         torch.testing.assert_close(markov(previous_B), model.heads.markov(previous_B))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ["transformer", "linear", "linear-tap-markov"])
+def test_a_draft_in_one_call_is_the_draft_in_steps(architecture: str, dtype: torch.dtype, instructions: str):
+    model = head_model(architecture).to(dtype)
+    lean = LeanModel(model, way="kernel")
+    generator = torch.Generator().manual_seed(3)
+    width, columns, last_B = model.config.hidden_size, [2, 0], torch.tensor([4, 11])
+    future = torch.randn(2, 2, 3, width, generator=generator).to(dtype)
+    with torch.inference_mode():
+        previous_B, expected = last_B, []
+        for offset, hidden_BMD in enumerate(future, start=2):
+            hidden_BD = torch.stack([hidden_BMD[row, column] for row, column in enumerate(columns)])
+            previous_B = lean.offset_logits(hidden_BD, offset=offset, previous=previous_B).argmax(-1)
+            expected.append(previous_B)
+        assert lean.likeliest is not None
+        assert torch.equal(lean.likeliest(list(future), columns, last_B), torch.stack(expected, dim=1))
+
+
+def test_heads_that_have_unembeddings_of_their_own_are_drafted_in_steps():
+    assert LeanModel(head_model("medusa"), way="kernel").likeliest is None
+
+
+def test_products_of_one_input_with_several_matrices_are_those_one_by_one(instructions: str):
+    weights = [(torch.randn(12, 37), torch.randn(12)) for _ in range(3)]
+    x_RD, both_KRO, single_RO = torch.randn(5, 37), torch.empty(2, 5, 12), torch.empty(5, 12)
+    FewRows(weights, torch.float32)(x_RD, both_KRO)
+    for weight, found_RO in zip(weights, both_KRO, strict=False):
+        FewRows([weight], torch.float32)(x_RD, single_RO)
+        assert torch.equal(found_RO, single_RO)
+        torch.testing.assert_close(found_RO, torch.nn.functional.linear(x_RD, *weight))
 
 
 @pytest.mark.parametrize("architecture", ["transformer", "linear-tap-markov"])

@@ -21,6 +21,7 @@ class BlockStream(Iterator[list[list[int]]]):
 
     def __init__(self, model: Any, loop: DecodingLoop) -> None:
         self._model = model
+        self._modules = tuple(model.modules())
         self._loop = loop
 
     def __iter__(self) -> BlockStream:
@@ -35,7 +36,7 @@ class BlockStream(Iterator[list[list[int]]]):
         """
         if self._loop.finished:
             raise StopIteration
-        with decoding_context(self._model):
+        with decoding_context(self._model, self._modules):
             return self._loop.step()
 
     @property

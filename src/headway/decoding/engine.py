@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -35,7 +35,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.generation.logits_process import (
     SynthIDTextWatermarkLogitsProcessor,
@@ -124,9 +124,14 @@ _current_request: ContextVar[_Request | None] = ContextVar("headway_generation_r
 
 
 @contextmanager
-def decoding_context(model: Any) -> Iterator[None]:
-    """Eval behaviour, no autograd and no recompilation while the loop runs; everything is restored afterwards."""
-    in_training = [module for module in model.modules() if module.training]
+def decoding_context(model: Any, modules: Iterable[nn.Module] | None = None) -> Iterator[None]:
+    """Eval behaviour, no autograd and no recompilation while the loop runs; everything is restored afterwards.
+
+    Args:
+        model: a `MultiTokenLM`.
+        modules: all of its modules, for callers who enter for every forward: finding them takes longer than asking them.
+    """
+    in_training = [module for module in (model.modules() if modules is None else modules) if module.training]
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         if "torch._dynamo" in sys.modules:

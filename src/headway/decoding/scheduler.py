@@ -102,6 +102,7 @@ class Scheduler:
             if least < 1:
                 raise DecodingError(f"{name} must be at least 1: got {least}")
         self._model = model
+        self._modules = tuple(model.modules())
         self._options, ignored = with_calibration(self._options, model, batch=max_rows)
         self._notes = {ignored, lossy_note(self._options, do_sample=True) if self._options.lossy else None}
         self._plan = plan_drafts(self._options, model, do_sample=self._options.sample_drafts, batch=max_rows)
@@ -229,7 +230,7 @@ class Scheduler:
             self._admit(emitted)
             rows = decoded = 0
             if self._reading is not None or self._batch is not None:
-                with decoding_context(self._model):
+                with decoding_context(self._model, self._modules):
                     self._read(emitted)
                     rows, decoded = self._decode(emitted)
             tokens = sum(len(part.tokens) for part in emitted)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from headway.decoding.draft_vocabulary import SlicedDrafts
 from headway.decoding.executor import EagerExecutor, Nodes
+from headway.decoding.lean.few_rows import MOST_ROWS
 from headway.decoding.lean.markov import LeanMarkov
 from headway.decoding.lean.model import LeanModel
 from headway.decoding.lean.native import has_tiles
@@ -39,8 +40,8 @@ class LeanExecutor(EagerExecutor):
         super().__init__(model, *args, **kwargs)
         heads = model.heads
         # One product over all offsets would read the rows that a draft vocabulary leaves out.
-        whole = not isinstance(model, SlicedDrafts)
-        self._at_once = heads.unembeddings is None and not heads.autoregressive and whole
+        self._whole = not isinstance(model, SlicedDrafts)
+        self._at_once = heads.unembeddings is None and not heads.autoregressive and self._whole
         self.way = model.way
         cheap = has_tiles() and model.way == "kernel" and model.get_input_embeddings().weight.dtype == torch.bfloat16
         self._most_at_once = MOST_ROWS_AT_ONCE if cheap or model.way in ("packed", "plain") else MOST_PAID_ROWS_AT_ONCE
@@ -66,11 +67,20 @@ class LeanExecutor(EagerExecutor):
     def draft(self, states: OffsetHiddenStates, accepted: Nodes, *, last_B: Tensor | None = None, count: int) -> Tensor:
         """See `EagerExecutor.draft`."""
         markov: LeanMarkov | None = self._model.markov
+        if self._at_one_call(states, accepted, count=count):
+            drafted_BK: Tensor = self._model.likeliest(states.future_hidden[:count], accepted, last_B)
+            return drafted_BK
         if markov is None or self._model.heads.reads_tokens:
             return super().draft(states, accepted, last_B=last_B, count=count)
         assert last_B is not None
         # Soft-capping keeps the order of logits.
         return markov.likeliest(self.draft_logits(states, accepted, count=count), last_B)
+
+    def _at_one_call(self, states: OffsetHiddenStates, accepted: Nodes, *, count: int) -> bool:
+        if self._model.likeliest is None or not self._whole or isinstance(accepted, Tensor):
+            return False
+        ahead = self._ahead is not None and self._ahead[0] is states
+        return not ahead and count * len(accepted) <= MOST_ROWS
 
     def _markov_bias(self, tokens_BX: Tensor) -> Tensor:
         markov: LeanMarkov | None = self._model.markov

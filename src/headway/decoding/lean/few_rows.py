@@ -10,6 +10,7 @@ what stands beside it, bit for bit. Beyond `MOST_ROWS` rows, and where there is 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -42,29 +43,29 @@ class MatrixFields(ctypes.Structure):
 
 
 class FewRows:
-    """Products with one matrix: (x [R, D], output [R, O] with any row stride) -> None."""
+    """Products with matrices of one shape: (x [R, D], output) -> None, in one call."""
 
-    def __init__(self, weight: Tensor | IntegerWeight, bias_O: Tensor | None, dtype: torch.dtype) -> None:
-        """Point at a matrix.
+    def __init__(self, weights: Sequence[tuple[Tensor | IntegerWeight, Tensor | None]], dtype: torch.dtype) -> None:
+        """Point at matrices.
 
         Args:
-            weight: contiguous [O, D].
-            bias_O: or None.
+            weights: contiguous [O, D] and a bias [O] or none, for each.
             dtype: of input and output, for which there is a kernel.
         """
         found = library()
         assert found is not None
-        self._kept = weight, bias_O
-        self._matrix = MatrixFields.of(weight, bias_O)
-        self._address = ctypes.addressof(self._matrix)
+        self._kept = tuple(weights)
+        self._matrices = (MatrixFields * len(weights))(*(MatrixFields.of(weight, bias_O) for weight, bias_O in weights))
+        self._address = ctypes.addressof(self._matrices)
         self._function = found.headway_linear_float32 if dtype == torch.float32 else found.headway_linear_bfloat16
 
-    def __call__(self, x_RD: Tensor, out_RO: Tensor) -> None:
-        """Write the product."""
+    def __call__(self, x_RD: Tensor, out: Tensor) -> None:
+        """Write the product with the first matrix into [R, O] with any row stride, or those with the first K into [K, R, O]."""
         rows, inputs = x_RD.shape
-        self._function(
-            x_RD.data_ptr(), rows, inputs, self._address, out_RO.data_ptr(), out_RO.stride(0), torch.get_num_threads()
-        )
+        count, step = (out.shape[0], out.stride(0)) if out.dim() == 3 else (1, 0)
+        threads = torch.get_num_threads()
+        row_stride = out.stride(-2)
+        self._function(x_RD.data_ptr(), rows, inputs, self._address, count, out.data_ptr(), row_stride, step, threads)
 
 
 def kernel_for(weight: Tensor) -> type[FewRows] | None:

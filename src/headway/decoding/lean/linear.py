@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headway.decoding.lean.few_rows import MOST_ROWS, FewRows, kernel_for
-from headway.decoding.lean.integers import Quantizer
+from headway.decoding.lean.integers import IntegerWeight, Quantizer
 
 Way = Literal["kernel", "packed", "plain", "int8"]
 
@@ -63,13 +63,13 @@ class FusedLinear:
         self.num_bytes = 0
         if way == "kernel":
             self._parts = [(weight_OD.contiguous(), bias_O) for weight_OD, bias_O in self._parts]
-            self._few = [FewRows(weight_OD, bias_O, first_OD.dtype) for weight_OD, bias_O in self._parts]
+            self._few = [FewRows([(weight_OD, bias_O)], first_OD.dtype) for weight_OD, bias_O in self._parts]
             return
         if way == "int8":
             quantizer = Quantizer() if quantizer is None else quantizer
             self._rounded = [quantizer(linear) for linear in linears]
             pairs = zip(self._rounded, self._parts, strict=True)
-            self._few = [FewRows(rounded, bias_O, first_OD.dtype) for rounded, (_, bias_O) in pairs]
+            self._few = [FewRows([(rounded, bias_O)], first_OD.dtype) for rounded, (_, bias_O) in pairs]
             self.num_bytes = sum(rounded.num_bytes for rounded in self._rounded)
             return
         biases = [bias_O for _, bias_O in self._parts if bias_O is not None]
@@ -82,6 +82,13 @@ class FusedLinear:
             self._weight = torch.ops.mkldnn._reorder_linear_weight(weight_OD.contiguous(), _PACKING_ROWS)
         if way == "packed" or not single:
             self.num_bytes = weight_OD.numel() * weight_OD.element_size()
+
+    @property
+    def matrices(self) -> list[tuple[Tensor | IntegerWeight, Tensor | None]]:
+        """What the kernel multiplies by, with biases; of "kernel" and "int8"."""
+        if self.way == "int8":
+            return [(rounded, bias_O) for rounded, (_, bias_O) in zip(self._rounded, self._parts, strict=True)]
+        return list(self._parts)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., O]."""

@@ -15,7 +15,9 @@ from headway.decoding.lean.native import library
 from headway.heads.markov import MarkovBias
 
 
-class _Chain(ctypes.Structure):
+class ChainFields(ctypes.Structure):
+    """`Chain` of kernel/chain.hpp."""
+
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("logits", "previous", "to_logits", "last", "tokens")),
         *((name, ctypes.c_int64) for name in ("count", "batch", "vocabulary", "rank", "threads")),
@@ -49,17 +51,13 @@ class LeanMarkov:
         count, batch, vocabulary = logits_KBV.shape
         logits_KBV, last_B = logits_KBV.contiguous(), last_B.contiguous()
         tokens_BK = last_B.new_empty(batch, count)
-        call = _Chain(
-            logits_KBV.data_ptr(),
-            self._previous_VR.data_ptr(),
-            self._to_logits_VR.data_ptr(),
-            last_B.data_ptr(),
-            tokens_BK.data_ptr(),
-            count,
-            batch,
-            vocabulary,
-            self._previous_VR.shape[1],
-            torch.get_num_threads(),
-        )
+        call = self.fields()
+        call.logits, call.last, call.tokens = logits_KBV.data_ptr(), last_B.data_ptr(), tokens_BK.data_ptr()
+        call.count, call.batch, call.vocabulary, call.threads = count, batch, vocabulary, torch.get_num_threads()
         self._chain(ctypes.addressof(call))
         return tokens_BK
+
+    def fields(self) -> ChainFields:
+        """What of a chain's fields is the bias's own."""
+        previous, to_logits = self._previous_VR.data_ptr(), self._to_logits_VR.data_ptr()
+        return ChainFields(previous=previous, to_logits=to_logits, rank=self._previous_VR.shape[1])

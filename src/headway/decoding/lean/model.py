@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from headway.decoding.cache import attention_windows
+from headway.decoding.lean.few_rows import MOST_ROWS, FewRows
 from headway.decoding.lean.integers import Quantizer
 from headway.decoding.lean.layer import LeanLayer, RMSNorm
+from headway.decoding.lean.likeliest import LikeliestDraft
 from headway.decoding.lean.linear import FusedLinear, Way, fastest_way
 from headway.decoding.lean.markov import LeanMarkov
 from headway.decoding.lean.native import instructions
@@ -77,6 +79,7 @@ class LeanModel:
         heads: the model's own.
         way: how products are made.
         num_bytes: of the copies of weights.
+        likeliest: the draft of heads that share the unembedding in one call; None where the kernel cannot make it.
         markov: the bias of the previous token by the kernel; None where there is no bias or no kernel.
         huge_page_bytes: of the weights that were moved to huge pages (`headway.decoding.lean.pages`).
         versions: of the weights when they were read.
@@ -116,8 +119,21 @@ class LeanModel:
         by_kernel = self.way in ("kernel", "int8")
         linear = by_kernel and isinstance(model.heads, LinearHeads)
         self._linear_heads = [fused([body]) for body in model.heads] if linear else None
+        self._heads_at_once: FewRows | None = None
+        if self._linear_heads:
+            maps = [matrix for head in self._linear_heads for matrix in head.matrices]
+            self._heads_at_once = FewRows(maps, unembedding.weight.dtype)
         markov = model.heads.markov
         self.markov = LeanMarkov(markov) if by_kernel and markov is not None else None
+        self.likeliest: LikeliestDraft | None = None
+        if (
+            self.way == "kernel"
+            and self._stack is not None
+            and model.heads.unembeddings is None
+            and not model.heads.reads_tokens
+        ):
+            norm = self._norm if model.heads.uses_final_norm else None
+            self.likeliest = LikeliestDraft(self._unembedding.matrices[0], norm=norm, markov=self.markov)
         own = [model.heads.unembedding(offset) for offset in range(2, model.num_future_tokens + 1)]
         self._own = [None if linear is None else fused([linear]) for linear in own]
         self.num_bytes = (
@@ -238,7 +254,14 @@ class LeanModel:
         """See `Heads.future_hidden`."""
         if self._linear_heads is None:
             return cast(tuple[Tensor, ...], self.heads.future_hidden(inputs, num_heads=num_heads))
-        return tuple(head(inputs.hidden_BTD) for head in self._linear_heads[:num_heads])
+        hidden_BTD = inputs.hidden_BTD
+        rows = hidden_BTD.shape[0] * hidden_BTD.shape[1]
+        if self._heads_at_once is None or rows > MOST_ROWS:
+            return tuple(head(hidden_BTD) for head in self._linear_heads[:num_heads])
+        hidden_RD = hidden_BTD.reshape(rows, -1).contiguous()
+        future_KRD = hidden_RD.new_empty(num_heads, *hidden_RD.shape)
+        self._heads_at_once(hidden_RD, future_KRD)
+        return future_KRD.view(num_heads, *hidden_BTD.shape).unbind()
 
     def _through(
         self, hidden_BMD: Tensor, run: LeanPass, begin: int, end: int

@@ -42,12 +42,13 @@ def library() -> ctypes.CDLL | None:
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     for function in (found.headway_linear_float32, found.headway_linear_bfloat16):
-        function.argtypes = [pointer, number, number, pointer, pointer, number, ctypes.c_int]
+        function.argtypes = [pointer, number, number, pointer, number, pointer, number, number, ctypes.c_int]
         function.restype = None
     for function in (found.headway_layers_float32, found.headway_layers_bfloat16):
         function.argtypes = [pointer, pointer, number]
         function.restype = None
-    for function in (found.headway_chain_float32, found.headway_chain_bfloat16):
+    drafts = (found.headway_chain_float32, found.headway_chain_bfloat16)
+    for function in (*drafts, found.headway_draft_float32, found.headway_draft_bfloat16):
         function.argtypes = [pointer]
         function.restype = None
     found.headway_read.argtypes = [pointer, number, ctypes.c_int]

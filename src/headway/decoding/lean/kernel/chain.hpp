@@ -24,19 +24,65 @@ struct Best {
     int64_t token;
 };
 
+// What all threads of a region share while a chain is made.
 template <class Kind>
-void run_chain(const Chain& chain) {
+struct ChainRoom {
+    std::vector<typename Kind::Number> bias;
+    std::vector<Best> bests;
+
+    void fit(const Chain& chain) {
+        bias.resize(static_cast<size_t>(chain.batch * chain.vocabulary));
+        // Twice as many: a thread may be one offset ahead of those that still read.
+        bests.resize(static_cast<size_t>(2 * chain.threads * chain.batch));
+    }
+};
+
+// A thread's part; all threads of the region call it. Rank 0 means no bias.
+template <class Kind>
+void chain_part(const Chain& chain, ChainRoom<Kind>& room, int thread, int members) {
     using Number = typename Kind::Number;
     const int64_t B = chain.batch, V = chain.vocabulary, R = chain.rank;
-    const int threads = static_cast<int>(chain.threads);
-    static thread_local std::vector<Number> shared;
-    static thread_local std::vector<Best> found;
-    shared.resize(static_cast<size_t>(B * V));
-    // Twice as many: a thread may be one offset ahead of those that still read.
-    found.resize(static_cast<size_t>(2 * threads * B));
-    Number* const bias = shared.data();
-    Best* const bests = found.data();
     const Matrix matrix{chain.to_logits, nullptr, V};
+    Number* const bias = room.bias.data();
+    static thread_local Input<Kind> input;
+    static thread_local std::vector<Number> states;
+    static thread_local std::vector<int64_t> before;
+    states.resize(static_cast<size_t>(B * R));
+    before.assign(chain.last, chain.last + B);
+    for (int64_t k = 0; k < chain.count; ++k) {
+        for (int64_t b = 0; b < B && R; ++b)
+            std::copy_n(static_cast<const Number*>(chain.previous) + before[b] * R, R, states.data() + b * R);
+        if (R) input.set(states.data(), B, R);
+        const Range own = share(V, thread, members, input.group());
+        if (R) input.times(matrix, own, bias, V);
+        Best* const level = room.bests.data() + (k % 2) * chain.threads * B;
+        for (int64_t b = 0; b < B; ++b) {
+            const Number* logits = static_cast<const Number*>(chain.logits) + (k * B + b) * V;
+            Best best{-std::numeric_limits<float>::infinity(), own.begin};
+            for (int64_t v = own.begin; v < own.end; ++v) {
+                float value = Kind::value(logits[v]);
+                if (R) value = Kind::value(Kind::number(value + Kind::value(bias[b * V + v])));
+                if (value > best.value) best = {value, v};
+            }
+            level[thread * B + b] = best;
+        }
+#pragma omp barrier
+        for (int64_t b = 0; b < B; ++b) {
+            Best best = level[b];
+            for (int t = 1; t < members; ++t)
+                if (level[t * B + b].value > best.value) best = level[t * B + b];
+            before[b] = best.token;
+            if (thread == 0) chain.tokens[b * chain.count + k] = best.token;
+        }
+    }
+}
+
+template <class Kind>
+void run_chain(const Chain& chain) {
+    const int threads = static_cast<int>(chain.threads);
+    static thread_local ChainRoom<Kind> own;
+    own.fit(chain);
+    ChainRoom<Kind>& room = own;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #if defined(_OPENMP)
@@ -44,36 +90,7 @@ void run_chain(const Chain& chain) {
 #else
         const int thread = 0, members = 1;
 #endif
-        static thread_local Input<Kind> input;
-        static thread_local std::vector<Number> states;
-        static thread_local std::vector<int64_t> before;
-        states.resize(static_cast<size_t>(B * R));
-        before.assign(chain.last, chain.last + B);
-        for (int64_t k = 0; k < chain.count; ++k) {
-            for (int64_t b = 0; b < B; ++b)
-                std::copy_n(static_cast<const Number*>(chain.previous) + before[b] * R, R, states.data() + b * R);
-            input.set(states.data(), B, R);
-            const Range own = share(V, thread, members, input.group());
-            input.times(matrix, own, bias, V);
-            Best* const level = bests + (k % 2) * threads * B;
-            for (int64_t b = 0; b < B; ++b) {
-                const Number* logits = static_cast<const Number*>(chain.logits) + (k * B + b) * V;
-                Best best{-std::numeric_limits<float>::infinity(), own.begin};
-                for (int64_t v = own.begin; v < own.end; ++v) {
-                    const float value = Kind::value(Kind::number(Kind::value(logits[v]) + Kind::value(bias[b * V + v])));
-                    if (value > best.value) best = {value, v};
-                }
-                level[thread * B + b] = best;
-            }
-#pragma omp barrier
-            for (int64_t b = 0; b < B; ++b) {
-                Best best = level[b];
-                for (int t = 1; t < members; ++t)
-                    if (level[t * B + b].value > best.value) best = level[t * B + b];
-                before[b] = best.token;
-                if (thread == 0) chain.tokens[b * chain.count + k] = best.token;
-            }
-        }
+        chain_part<Kind>(chain, room, thread, members);
     }
 }
 

@@ -24,6 +24,7 @@ constexpr int kOutputs = 4;  // rows of W that are read together
 // How far ahead weights are asked for, into the second level of cache. Nearer, or into the first level, memory was read at half
 // the speed (Zen 4). What is asked for beyond a matrix is mostly the next one: weights lie in the order of their use.
 constexpr int kAheadBytes = 32768;
+constexpr int kLine = 64;
 
 struct Range {
     int64_t begin, end;
@@ -43,27 +44,34 @@ float rest_of_dot(const typename Kind::Number* a, const typename Kind::Number* b
     return total;
 }
 
-// `Rows` rows of x times `Outputs` rows of W.
-template <class Kind, int Rows, int Outputs>
+// `Rows` rows of x times `Outputs` rows of W. `Lines` cache lines are asked for in every step, from `ahead` on.
+template <class Kind, int Rows, int Outputs, int Lines>
 inline void block(const typename Kind::Number* x, int64_t inputs, const typename Kind::Number* w,
-                  const typename Kind::Number* bias, typename Kind::Number* y, int64_t y_stride, bool ahead) {
+                  const typename Kind::Number* bias, typename Kind::Number* y, int64_t y_stride, const char* ahead) {
     Vector sums[Rows][4];
     for (int r = 0; r < Rows; ++r)
         for (int o = 0; o < 4; ++o) sums[r][o] = zero();
     int64_t i = 0;
     for (; i + Kind::kStep <= inputs; i += Kind::kStep) {
         typename Kind::Piece weights[Outputs];
-        for (int o = 0; o < Outputs; ++o) {
-            weights[o] = Kind::piece(w + o * inputs + i);
-            if (ahead) _mm_prefetch(reinterpret_cast<const char*>(w + o * inputs + i) + kAheadBytes, _MM_HINT_T1);
-        }
+        for (int o = 0; o < Outputs; ++o) weights[o] = Kind::piece(w + o * inputs + i);
+        for (int line = 0; line < Lines; ++line) _mm_prefetch(ahead + line * kLine, _MM_HINT_T1);
+        ahead += Lines * kLine;
         for (int r = 0; r < Rows; ++r) {
             const typename Kind::Piece own = Kind::piece(x + r * inputs + i);
             for (int o = 0; o < Outputs; ++o) sums[r][o] = Kind::dot(own, weights[o], sums[r][o]);
         }
     }
+    if (i < inputs) {
+        typename Kind::Piece weights[Outputs];
+        for (int o = 0; o < Outputs; ++o) weights[o] = Kind::part(w + o * inputs + i, inputs - i);
+        for (int r = 0; r < Rows; ++r) {
+            const typename Kind::Piece own = Kind::part(x + r * inputs + i, inputs - i);
+            for (int o = 0; o < Outputs; ++o) sums[r][o] = Kind::dot(own, weights[o], sums[r][o]);
+        }
+    }
 #if defined(HEADWAY_AVX512)
-    if (Outputs == 4 && i == inputs) {
+    if (Outputs == 4) {
         Vector found = lane_sums<Rows>(sums);
         if (bias) found = add(found, _mm512_broadcast_f32x4(Kind::widen_four(bias)));
         alignas(64) typename Kind::Number numbers[16];
@@ -75,33 +83,55 @@ inline void block(const typename Kind::Number* x, int64_t inputs, const typename
     __m128 totals[Rows];
     sums_of_lanes<Rows>(sums, totals);
     for (int r = 0; r < Rows; ++r) {
-        if (i < inputs || Outputs < 4) {
+        if (Outputs < 4) {
             alignas(16) float four[4];
             _mm_store_ps(four, totals[r]);
-            for (int o = 0; o < Outputs; ++o) {
-                if (i < inputs) four[o] += rest_of_dot<Kind>(x + r * inputs + i, w + o * inputs + i, inputs - i);
+            for (int o = 0; o < Outputs; ++o)
                 y[r * y_stride + o] = Kind::number(bias ? four[o] + Kind::value(bias[o]) : four[o]);
-            }
         } else {
             Kind::narrow_four(y + r * y_stride, bias ? _mm_add_ps(totals[r], Kind::widen_four(bias)) : totals[r]);
         }
     }
 }
 
+template <class Kind, int Rows, int Outputs>
+inline void block_asking(int lines, const typename Kind::Number* x, int64_t inputs, const typename Kind::Number* w,
+                         const typename Kind::Number* bias, typename Kind::Number* y, int64_t y_stride, const char* ahead) {
+    switch (lines) {
+        case 4: block<Kind, Rows, Outputs, 4>(x, inputs, w, bias, y, y_stride, ahead); break;
+        case 2: block<Kind, Rows, Outputs, 2>(x, inputs, w, bias, y, y_stride, ahead); break;
+        case 1: block<Kind, Rows, Outputs, 1>(x, inputs, w, bias, y, y_stride, ahead); break;
+        default: block<Kind, Rows, Outputs, 0>(x, inputs, w, bias, y, y_stride, ahead); break;
+    }
+}
+
+// Of the cache lines that one step of four outputs reads, those that pass `group` of `groups` asks for.
+inline int lines_in_pass(int lines, int64_t group, int64_t groups) {
+    if (groups == 1) return lines;
+    if (lines == 4 && (groups == 2 || (groups == 3 && group == 0))) return 2;
+    return group < lines ? 1 : 0;
+}
+
+// Rows in groups of four, each of which passes over the same weights. What lies ahead is asked for a part in each pass: asked for
+// in the first one alone, memory would rest during the others.
 template <class Kind, int Outputs>
 inline void all_rows(const typename Kind::Number* x, int64_t rows, int64_t inputs, const typename Kind::Number* w,
-                     const typename Kind::Number* bias, typename Kind::Number* y, int64_t y_stride, bool ahead) {
-    int64_t r = 0;
-    for (; r + 4 <= rows; r += 4)
-        block<Kind, 4, Outputs>(x + r * inputs, inputs, w, bias, y + r * y_stride, y_stride, ahead && r == 0);
-    const bool first = ahead && r == 0;
-    const auto* rest = x + r * inputs;
-    auto* out = y + r * y_stride;
-    switch (rows - r) {
-        case 1: block<Kind, 1, Outputs>(rest, inputs, w, bias, out, y_stride, first); break;
-        case 2: block<Kind, 2, Outputs>(rest, inputs, w, bias, out, y_stride, first); break;
-        case 3: block<Kind, 3, Outputs>(rest, inputs, w, bias, out, y_stride, first); break;
-        default: break;
+                     const typename Kind::Number* bias, typename Kind::Number* y, int64_t y_stride, bool asks) {
+    constexpr int kLines = static_cast<int>(4 * Kind::kStep * sizeof(typename Kind::Number)) / kLine;
+    const int64_t groups = (rows + 3) / 4;
+    const char* ahead = reinterpret_cast<const char*>(w) + kAheadBytes;
+    for (int64_t group = 0; group < groups; ++group) {
+        const int64_t r = 4 * group;
+        const int lines = asks ? lines_in_pass(kLines, group, groups) : 0;
+        const auto* own = x + r * inputs;
+        auto* out = y + r * y_stride;
+        switch (rows - r) {
+            case 1: block_asking<Kind, 1, Outputs>(lines, own, inputs, w, bias, out, y_stride, ahead); break;
+            case 2: block_asking<Kind, 2, Outputs>(lines, own, inputs, w, bias, out, y_stride, ahead); break;
+            case 3: block_asking<Kind, 3, Outputs>(lines, own, inputs, w, bias, out, y_stride, ahead); break;
+            default: block_asking<Kind, 4, Outputs>(lines, own, inputs, w, bias, out, y_stride, ahead); break;
+        }
+        ahead += lines * kLine * (inputs / Kind::kStep);
     }
 }
 

@@ -148,11 +148,26 @@ inline uint16_t to_bfloat16(float value) {
     return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
+// The first `count` of a piece's numbers, zeros behind them.
+template <class Kind>
+inline typename Kind::Piece padded(const typename Kind::Number* p, int64_t count) {
+    alignas(64) typename Kind::Number numbers[Kind::kStep] = {};
+    std::memcpy(numbers, p, static_cast<size_t>(count) * sizeof numbers[0]);
+    return Kind::piece(numbers);
+}
+
 struct Float32 {
     using Number = float;
     using Piece = Vector;  // what a dot product takes at once
     static constexpr int kStep = kLanes;
     static Piece piece(const Number* p) { return load(p); }
+#if defined(HEADWAY_AVX512)
+    static Piece part(const Number* p, int64_t count) {
+        return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1u), p);
+    }
+#else
+    static Piece part(const Number* p, int64_t count) { return padded<Float32>(p, count); }
+#endif
     static Vector dot(Piece a, Piece b, Vector c) { return fma(a, b, c); }
     static float value(Number n) { return n; }
     static Number number(float v) { return v; }
@@ -221,11 +236,15 @@ struct BFloat16 {
     using Piece = __m512bh;
     static constexpr int kStep = 32;
     static Piece piece(const Number* p) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p)); }
+    static Piece part(const Number* p, int64_t count) {
+        return reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(static_cast<__mmask32>((1ull << count) - 1ull), p));
+    }
     static Vector dot(Piece a, Piece b, Vector c) { return _mm512_dpbf16_ps(c, a, b); }
 #else
     using Piece = Vector;
     static constexpr int kStep = kLanes;
     static Piece piece(const Number* p) { return widen(p); }
+    static Piece part(const Number* p, int64_t count) { return padded<BFloat16>(p, count); }
     static Vector dot(Piece a, Piece b, Vector c) { return fma(a, b, c); }
 #endif
 };
