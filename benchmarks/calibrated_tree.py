@@ -39,6 +39,15 @@ from headway.functional.repetition import loops
 from headway.provenance import provenance
 
 DEFAULT_TREE = 12
+ARMS = (
+    "plain",
+    "best chain",
+    "calibrated tree",
+    f"default tree of {DEFAULT_TREE}",
+    "best chain + lookup",
+    "calibrated tree + lookup",
+    "lookup",
+)
 
 
 def held_out_packages(folder: Path) -> bytes:
@@ -195,8 +204,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     arms = arms_of(result, options)
     part = result.calibration.draft_vocabulary
     if part is not None:
+        # As it was calibrated: whatever the heads draft.
         arms = {
-            name: (expected, own if "tree" not in own else own | {"draft_vocabulary": part})
+            name: (expected, own if name in ("plain", "lookup") else own | {"draft_vocabulary": part})
             for name, (expected, own) in arms.items()
         }
     sampling = sampling_arguments(arguments.temperature, seed=options.seed)
@@ -218,6 +228,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             "batch": 1,
         },
         "calibration": {name: value for name, value in result.calibration.report.items() if name != "provenance"},
+        "left_out": {
+            name: "these heads draft chains only, or no candidate but their first was ever right"
+            for name in ARMS
+            if name not in arms
+        },
         "provenance": provenance(),
     }
     seconds: dict[str, list[float]] = {name: [] for name in arms}
