@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from headway.convert.convert import convert
 from headway.convert.gguf_export import export_gguf, interleaved
 from headway.convert.gguf_file import UNQUANTIZED, encoded, file_type
-from headway.data.tokenizers import BYTE_VOCABULARY_SIZE, byte_tokenizer
-from headway.errors import ConfigError, IncompatibleModelError
+from headway.data.tokenizers import BYTE_VOCABULARY_SIZE, byte_tokenizer, integer_tokenizer
+from headway.errors import CheckpointError, ConfigError, IncompatibleModelError
+from headway.model.attach import attach_heads
+from headway.model.config import MultiTokenConfig
 from tiny_models import tiny_base
 
 
@@ -112,6 +115,71 @@ def test_models_that_llama_cpps_llama_is_not_are_refused(tmp_path: Path):
     with pytest.raises(IncompatibleModelError, match="got 'qwen2'; convert --to hf"):
         export_gguf(tiny_base("qwen2"), byte_tokenizer(), tmp_path / "m.gguf", name="m", precision="f32")
     assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------- headway convert
+
+
+def with_heads(folder: Path, *, dtype: torch.dtype = torch.float32, tokenizer: object = None):
+    """A model of bytes with heads, saved; its base."""
+    base = byte_base().to(dtype)
+    attach_heads(base, MultiTokenConfig(num_future_tokens=3)).save_pretrained(folder)
+    (tokenizer or byte_tokenizer()).save_pretrained(folder)
+    return base
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "precision"),
+    [
+        ("gguf", torch.float32, "f32"),
+        ("gguf", torch.bfloat16, "bf16"),
+        ("gguf", torch.float16, "f32"),
+        ("gguf-q8_0", torch.bfloat16, "q8_0"),
+    ],
+)
+def test_a_folder_becomes_the_file_of_its_base(target, dtype, precision, tmp_path: Path):
+    base = with_heads(tmp_path / "a", dtype=dtype)
+    report = convert(tmp_path / "a", tmp_path / "b", source_format="headway", target_format=target)
+    export_gguf(base, byte_tokenizer(), tmp_path / "own.gguf", name="a", precision=precision)
+    assert (tmp_path / "b" / "model.gguf").read_bytes() == (tmp_path / "own.gguf").read_bytes()
+    assert (report.num_future_tokens, report.num_head_tensors, report.target_format) == (1, 0, target)
+    assert report.notes[-1] == f"model.gguf holds matrices in {precision} and the vocabulary of bytes"
+    assert "heads left behind: 2" in report.notes
+
+
+def test_an_export_takes_the_place_of_a_model_only_where_told(tmp_path: Path):
+    with_heads(tmp_path / "a")
+    options = {"source_format": "headway", "target_format": "gguf"}
+    convert(tmp_path / "a", tmp_path / "b", **options)
+    with pytest.raises(CheckpointError, match="overwrite"):
+        convert(tmp_path / "a", tmp_path / "b", **options)
+    with pytest.raises(CheckpointError, match="overwrite"):
+        convert(tmp_path / "a", tmp_path / "b", **options | {"target_format": "hf"})
+    convert(tmp_path / "a", tmp_path / "b", **options | {"target_format": "hf"}, overwrite=True)
+    assert not (tmp_path / "b" / "model.gguf").exists()
+
+
+def test_what_the_file_cannot_hold_is_refused_and_nothing_is_left(tmp_path: Path):
+    to_gguf = {"source_format": "hf", "target_format": "gguf"}
+    for family, what in (("qwen2", "got 'qwen2'; convert --to hf"), ("llama", "has none that can be loaded: put")):
+        tiny_base(family).save_pretrained(tmp_path / family)
+        with pytest.raises(IncompatibleModelError, match=what):
+            convert(tmp_path / family, tmp_path / "b", **to_gguf)
+    byte_tokenizer().save_pretrained(tmp_path / "llama")
+    with pytest.raises(IncompatibleModelError, match="258 tokens, the embedding 40 rows"):
+        convert(tmp_path / "llama", tmp_path / "b", **to_gguf)
+    with_heads(tmp_path / "words", tokenizer=integer_tokenizer(258))
+    with pytest.raises(
+        IncompatibleModelError, match=r"vocabulary of bytes: got .* convert --to hf and use llama.cpp's"
+    ):
+        convert(tmp_path / "words", tmp_path / "b", source_format="headway", target_format="gguf")
+    with pytest.raises(ConfigError, match="leave verify out"):
+        convert(tmp_path / "words", tmp_path / "b", source_format="headway", target_format="gguf", verify=True)
+    with pytest.raises(ConfigError, match="gguf is written, not read"):
+        convert(tmp_path / "words", tmp_path / "b", source_format="gguf", target_format="hf")
+    with pytest.raises(ConfigError, match="format gguf holds no heads"):
+        convert(tmp_path / "words", tmp_path / "b", source_format="headway", target_format="gguf", num_future_tokens=2)
+    assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")

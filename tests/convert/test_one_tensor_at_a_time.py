@@ -11,9 +11,13 @@ import torch
 from head_cases import head_model
 from headway.convert import safetensors_files
 from headway.convert.architecture import architecture
-from headway.convert.formats import MODEL_FORMATS
+from headway.convert.formats import EXPORT_FORMATS, MODEL_FORMATS
 from headway.convert.future_tokens import with_future_tokens
 from headway.convert.lazy_model import LazyModel, LazyTensor
+from headway.data.tokenizers import BYTE_VOCABULARY_SIZE, byte_tokenizer
+from headway.model.attach import attach_heads
+from headway.model.config import MultiTokenConfig
+from tiny_models import tiny_base
 
 HEADS_OF = {"medusa": "medusa", "medusa-engine": "medusa", "transformers-mtp": "sequential-own-norm"}
 """Format -> the heads that it holds; else transformer heads."""
@@ -60,4 +64,25 @@ def test_writing_holds_one_tensor(name, dtype, tmp_path, monkeypatch):
     MODEL_FORMATS[name].write(lazy, tmp_path)
     # A base that stays apart is read once, for its fingerprint.
     assert counter.reads == len(lazy.tensors) + len(lazy.apart)
+    assert counter.most == 1
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("name", EXPORT_FORMATS)
+def test_exporting_holds_one_tensor(name, dtype, tmp_path):
+    base = tiny_base("llama", vocab_size=BYTE_VOCABULARY_SIZE)
+    model = attach_heads(base, MultiTokenConfig(num_future_tokens=3))
+    state, heads, counter = base.state_dict(), model.heads.state_dict(), Counter()
+    needed = architecture(model.config, model.mtp_config)
+    lazy = LazyModel(
+        config=model.config,
+        mtp_config=model.mtp_config,
+        base={key: counter.lazy(state[key]) for key in needed.base},
+        heads={key: counter.lazy(heads[key]) for key in needed.heads},
+    )
+    lazy = EXPORT_FORMATS[name].prepare(lazy.map(lambda tensor: tensor.to(dtype)))
+    byte_tokenizer().save_pretrained(tmp_path)
+    gc.collect()
+    EXPORT_FORMATS[name].write(lazy, tmp_path)
+    assert counter.reads == len(lazy.tensors)
     assert counter.most == 1

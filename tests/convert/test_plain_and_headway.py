@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from headway.convert import safetensors_files
 from headway.convert.convert import convert
-from headway.convert.formats import MODEL_FORMATS
-from headway.convert.names import FORMATS
+from headway.convert.formats import EXPORT_FORMATS, MODEL_FORMATS
+from headway.convert.names import EXPORTS, FORMATS
 from headway.errors import CheckpointError, ConfigError, IncompatibleModelError
 from headway.model.multi_token_lm import MultiTokenLM
 from tiny_models import FAMILIES, random_tokens, tiny_base, tiny_model
@@ -29,6 +29,7 @@ def all_logits(model) -> torch.Tensor:
 
 def test_every_name_has_its_code():
     assert list(FORMATS) == list(MODEL_FORMATS)
+    assert list(EXPORTS) == list(EXPORT_FORMATS)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -196,7 +197,7 @@ def test_a_wrong_format_is_answered_with_the_right_one(tmp_path):
     with pytest.raises(CheckpointError, match="no model folder"):
         convert(tmp_path / "nowhere", tmp_path / "b", source_format="hf", target_format="hf")
     with pytest.raises(ConfigError, match="the formats are headway, hf, facebook"):
-        convert(tmp_path / "a", tmp_path / "b", source_format="gguf", target_format="hf")
+        convert(tmp_path / "a", tmp_path / "b", source_format="onnx", target_format="hf")
 
 
 def test_a_family_that_heads_cannot_follow_is_refused(tmp_path):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 import click
 
 from headway.cli.console import DTYPES, counted, emit_json, note, quiet_libraries, show_facts, sized, torch_dtype
-from headway.convert.names import FORMATS
+from headway.convert.names import EXPORTS, FORMATS
 from headway.errors import ConfigError
 from headway.heads.options import OPTIONS_OF, HeadOptions
 from headway.provenance import provenance
@@ -24,13 +24,18 @@ if TYPE_CHECKING:
 HEAD_STARTS = ("copy", "fresh")
 
 
-@click.command("convert", epilog="Formats: " + "; ".join(f"{name}: {what}" for name, what in FORMATS.items()) + ".")
+_FORMATS_TEXT = "; ".join(f"{name}: {what}" for name, what in (FORMATS | EXPORTS).items())
+
+
+@click.command("convert", epilog=f"Formats: {_FORMATS_TEXT}. {' and '.join(EXPORTS)} are only written.")
 @click.argument("source")
 @click.argument("destination")
 @click.option(
     "--from", "source_format", type=click.Choice([*FORMATS]), required=True, help="Format of SOURCE (listed below)."
 )
-@click.option("--to", "target_format", type=click.Choice([*FORMATS]), required=True, help="Format of DESTINATION.")
+@click.option(
+    "--to", "target_format", type=click.Choice([*FORMATS, *EXPORTS]), required=True, help="Format of DESTINATION."
+)
 @click.option(
     "--num-future-tokens",
     "-n",

@@ -15,10 +15,10 @@ import torch
 
 from headway.convert.base_of_heads import base_folder
 from headway.convert.companions import TOKENIZER_FILES, Companions, copy_companions, find_companions
-from headway.convert.formats import MODEL_FORMATS, model_format
+from headway.convert.formats import EXPORT_FORMATS, MODEL_FORMATS, model_format, written_format
 from headway.convert.future_tokens import with_future_tokens, without_auxiliary
 from headway.convert.gguf_ready import gguf_obstacles
-from headway.convert.lazy_model import LazyModel, ModelFormat
+from headway.convert.lazy_model import LazyModel, ModelFormat, WrittenFormat
 from headway.convert.recognise import looks_like
 from headway.convert.report import ConversionReport, Verification
 from headway.convert.tokenizer import complete_tokenizer
@@ -56,7 +56,7 @@ def convert(
         source: local folder.
         destination: folder to write; its other files are kept.
         source_format: a name of `headway.convert.names.FORMATS`.
-        target_format: likewise.
+        target_format: likewise, or a name of `headway.convert.names.EXPORTS`.
         num_future_tokens: n of the result, the next token included: fewer than the source's drops the farthest heads,
             more adds heads that need training. Not given: n stays; required from `hf` to `headway`, where it is the
             choice to be made.
@@ -78,7 +78,12 @@ def convert(
             destination that holds a model, a result that differs from its source.
         IncompatibleModelError: something that the target cannot hold exactly; names it and the nearest alternative.
     """
-    reader, writer = model_format(source_format), model_format(target_format)
+    reader, writer = model_format(source_format), written_format(target_format)
+    read_back = MODEL_FORMATS.get(target_format)
+    if verify and read_back is None:
+        raise ConfigError(
+            f"format {writer.name} is written, not read, so its result cannot be loaded and compared here: leave verify out"
+        )
     source, destination = Path(source), Path(destination)
     _check_source(source, reader)
     base, base_notes = base_folder(base, reader, source)
@@ -105,14 +110,14 @@ def convert(
         if writer.is_hugging_face:
             notes.extend(complete_tokenizer(folder))
         notes.extend(writer.write(_watched(model, progress), folder))
-        if verify:
+        if verify and read_back is not None:
             found = verify_folder(
                 model,
                 source=source,
                 source_format=reader,
                 base=base,
                 written=folder,
-                target_format=writer,
+                target_format=read_back,
                 dtype=dtype,
             )
             verification.append(found)
@@ -121,8 +126,9 @@ def convert(
             {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
         )
 
-    every_file = {pattern for format_ in MODEL_FORMATS.values() for pattern in format_.files}
-    markers = [format_.marker for format_ in MODEL_FORMATS.values()]
+    formats: list[WrittenFormat] = [*MODEL_FORMATS.values(), *EXPORT_FORMATS.values()]
+    every_file = {pattern for format_ in formats for pattern in format_.files}
+    markers = [format_.marker for format_ in formats]
     write_folder(
         destination,
         write,
@@ -156,7 +162,7 @@ def _check_destination(destination: Path, source: Path, base: Path | None) -> No
 
 def _of_kind(
     model: LazyModel,
-    writer: ModelFormat,
+    writer: WrittenFormat,
     num_future_tokens: int | None,
     heads: HeadArchitecture | None,
     head_options: Mapping[str, Any] | None,
@@ -185,7 +191,7 @@ def _of_kind(
 def _with_heads(
     model: LazyModel,
     reader: ModelFormat,
-    writer: ModelFormat,
+    writer: WrittenFormat,
     num_future_tokens: int | None,
     *,
     head_init: HeadInit,
@@ -228,7 +234,7 @@ def _report(
     original: LazyModel,
     model: LazyModel,
     reader: ModelFormat,
-    writer: ModelFormat,
+    writer: WrittenFormat,
     files: dict[str, int],
     companions: Companions,
     notes: tuple[str, ...],

@@ -6,12 +6,15 @@ vocabulary it writes as llama.cpp's byte tokens, and models of any tokenizer for
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from headway.convert.gguf_file import Precision, Unsigned, Value, write_gguf
+from headway.convert.lazy_model import LazyTensor
 from headway.data.tokenizers import is_byte_tokenizer
 from headway.errors import IncompatibleModelError
 
@@ -33,7 +36,7 @@ _LAYER = {
 
 
 def export_gguf(base: Any, tokenizer: Any, file: Path, *, name: str, precision: Precision) -> None:
-    """Write the file.
+    """Write the file of a model in memory.
 
     Args:
         base: a Hugging Face causal LM of `FAMILIES`; heads beside it are left out.
@@ -47,8 +50,18 @@ def export_gguf(base: Any, tokenizer: Any, file: Path, *, name: str, precision: 
         IncompatibleModelError: another family, or an option of the family that this export does not know.
         ConfigError: rows that Q8_0 cannot hold.
     """
-    config = base.config
-    _check(config)
+    state = {
+        own: LazyTensor(tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor)  # type: ignore[misc]
+        for own, tensor in base.state_dict().items()
+    }
+    write_model(base.config, state, tokenizer, file, name=name, precision=precision)
+
+
+def write_model(
+    config: Any, state: Mapping[str, LazyTensor], tokenizer: Any, file: Path, *, name: str, precision: Precision
+) -> None:
+    """As `export_gguf`, from a configuration and a state dict, of which one tensor is read at a time."""
+    check_exportable(config)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     prefix = "llama"
@@ -70,7 +83,6 @@ def export_gguf(base: Any, tokenizer: Any, file: Path, *, name: str, precision: 
         f"{prefix}.rope.freq_base": float(config.rope_parameters["rope_theta"]),
         **_vocabulary(tokenizer, config.vocab_size),
     }
-    state = base.state_dict()
     tensors = {
         "token_embd.weight": state["model.embed_tokens.weight"],
         "output_norm.weight": state["model.norm.weight"],
@@ -81,7 +93,7 @@ def export_gguf(base: Any, tokenizer: Any, file: Path, *, name: str, precision: 
         for own, theirs in _LAYER.items():
             weight = state[f"model.layers.{layer}.{own}"]
             if theirs in ("attn_q.weight", "attn_k.weight"):
-                weight = interleaved(weight, heads if theirs == "attn_q.weight" else kv_heads)
+                weight = _interleaved_lazily(weight, heads if theirs == "attn_q.weight" else kv_heads)
             tensors[f"blk.{layer}.{theirs}"] = weight
     write_gguf(file, metadata, tensors, precision=precision)
 
@@ -92,7 +104,16 @@ def interleaved(weight_OI: Tensor, heads: int) -> Tensor:
     return weight_OI.reshape(heads, 2, rows // 2, -1).transpose(1, 2).reshape(weight_OI.shape)
 
 
-def _check(config: Any) -> None:
+def _interleaved_lazily(weight: LazyTensor, heads: int) -> LazyTensor:
+    return replace(weight, read=lambda: interleaved(weight.read(), heads))
+
+
+def check_exportable(config: Any) -> None:
+    """Refuse what the file could not say.
+
+    Raises:
+        IncompatibleModelError: another family, or an option of the family that this export does not know.
+    """
     if config.model_type not in FAMILIES:
         raise IncompatibleModelError(
             f"the GGUF export knows {' and '.join(FAMILIES)} models: got {config.model_type!r}; convert --to hf and use "

@@ -5,6 +5,7 @@ Source: ggml, docs/gguf.md; of Q8_0 ggml-quants.c (blocks of 32 values: a float1
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any, BinaryIO, Literal
 import torch
 from torch import Tensor
 
+from headway.convert.lazy_model import LazyTensor
 from headway.errors import ConfigError
 
 Precision = Literal["f32", "bf16", "q8_0"]
@@ -38,9 +40,9 @@ Value = Unsigned | bool | float | str | Sequence[str] | Sequence[float] | Sequen
 
 
 def write_gguf(
-    file: Path, metadata: Mapping[str, Value], tensors: Mapping[str, Tensor], *, precision: Precision
+    file: Path, metadata: Mapping[str, Value], tensors: Mapping[str, LazyTensor], *, precision: Precision
 ) -> None:
-    """Write a file whole or not at all.
+    """Write a file whole or not at all, one tensor in memory at a time.
 
     Matrices get the asked precision; vectors (norms) stay float32, as llama.cpp's own quantization leaves them.
 
@@ -53,26 +55,45 @@ def write_gguf(
     Raises:
         ConfigError: rows that Q8_0 cannot hold, since their length is no multiple of 32.
     """
-    packed: list[tuple[str, Tensor, Precision, bytes]] = []
-    for name, tensor in tensors.items():
-        own: Precision = precision if tensor.ndim > 1 else "f32"
-        packed.append((name, tensor, own, encoded(name, tensor, own)))
-    head = bytearray(b"GGUF" + struct.pack("<IQQ", VERSION, len(packed), len(metadata)))
+    precisions: dict[str, Precision] = {
+        name: precision if len(tensor.shape) > 1 else "f32" for name, tensor in tensors.items()
+    }
+    head = bytearray(b"GGUF" + struct.pack("<IQQ", VERSION, len(tensors), len(metadata)))
     for key, value in metadata.items():
         head += _string(key) + _value(value)
     offset = 0
-    for name, tensor, own, data in packed:
-        head += _string(name) + struct.pack("<I", tensor.ndim)
-        head += struct.pack(f"<{tensor.ndim}Q", *reversed(tensor.shape))
-        head += struct.pack("<IQ", _TENSOR_TYPES[own], offset)
-        offset += len(data) + _padding(len(data))
+    for name, tensor in tensors.items():
+        rank = len(tensor.shape)
+        head += _string(name) + struct.pack("<I", rank)
+        head += struct.pack(f"<{rank}Q", *reversed(tensor.shape))
+        head += struct.pack("<IQ", _TENSOR_TYPES[precisions[name]], offset)
+        size = encoded_bytes(name, tensor.shape, precisions[name])
+        offset += size + _padding(size)
     head += bytes(_padding(len(head)))
     aside = file.with_name(f".{file.name}.writing")
     with aside.open("wb") as stream:
         stream.write(head)
-        for _, _, _, data in packed:
-            stream.write(data + bytes(_padding(len(data))))
+        for name, tensor in tensors.items():
+            data = encoded(name, tensor.read(), precisions[name])
+            stream.write(data)
+            stream.write(bytes(_padding(len(data))))
     aside.replace(file)
+
+
+def encoded_bytes(name: str, shape: Sequence[int], precision: Precision) -> int:
+    """Bytes of `encoded`; `name` is for messages.
+
+    Raises:
+        ConfigError: see `write_gguf`.
+    """
+    count = math.prod(shape)
+    if precision != "q8_0":
+        return count * {"f32": 4, "bf16": 2}[precision]
+    if shape[-1] % BLOCK:
+        raise ConfigError(
+            f"Q8_0 holds rows in blocks of {BLOCK}: {name} has rows of {shape[-1]}; write f32 or bf16 instead"
+        )
+    return count // BLOCK * (BLOCK + 2)
 
 
 def encoded(name: str, tensor: Tensor, precision: Precision) -> bytes:
@@ -86,10 +107,7 @@ def encoded(name: str, tensor: Tensor, precision: Precision) -> bytes:
         return values.to(torch.bfloat16).view(torch.int16).numpy().tobytes()
     if precision == "f32":
         return values.numpy().tobytes()
-    if values.shape[-1] % BLOCK:
-        raise ConfigError(
-            f"Q8_0 holds rows in blocks of {BLOCK}: {name} has rows of {values.shape[-1]}; write f32 or bf16 instead"
-        )
+    encoded_bytes(name, values.shape, precision)
     blocks = values.reshape(-1, BLOCK)
     scales = blocks.abs().amax(dim=1, keepdim=True) / 127
     whole = torch.where(scales > 0, blocks / scales, torch.zeros_like(blocks)).round().to(torch.int8)

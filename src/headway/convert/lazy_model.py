@@ -119,8 +119,8 @@ class LazyModel:
         )
 
 
-class ModelFormat(Protocol):
-    """One layout of a model on disk."""
+class WrittenFormat(Protocol):
+    """One layout of a model on disk that is written."""
 
     @property
     def name(self) -> str:
@@ -146,6 +146,28 @@ class ModelFormat(Protocol):
     def is_hugging_face(self) -> bool:
         """Whether transformers loads the folder, and its tokenizer with it."""
 
+    def prepare(self, model: LazyModel) -> LazyModel:
+        """What of a model this format writes: without heads where it holds none; nothing is read.
+
+        Raises:
+            IncompatibleModelError: something that the format cannot hold exactly; names the nearest alternative.
+        """
+
+    def write(self, model: LazyModel, folder: Path) -> tuple[str, ...]:
+        """Fill an empty folder, one tensor in memory at a time; the file that makes it a model comes last.
+
+        Args:
+            model: what `prepare` gave.
+            folder: an empty folder.
+
+        Returns:
+            Notes for the report.
+        """
+
+
+class ModelFormat(WrittenFormat, Protocol):
+    """One layout that is read too."""
+
     def named_base(self, folder: Path) -> str | None:
         """By what name or path a folder of heads alone calls its base; None where it holds it or does not say.
 
@@ -163,24 +185,6 @@ class ModelFormat(Protocol):
         Raises:
             CheckpointError: not a folder of this format, or damaged, or with tensors missing or unknown (all named).
             IncompatibleModelError: a model that headway has no place for.
-        """
-
-    def prepare(self, model: LazyModel) -> LazyModel:
-        """What of a model this format writes: without heads where it holds none; nothing is read.
-
-        Raises:
-            IncompatibleModelError: something that the format cannot hold exactly; names the nearest alternative.
-        """
-
-    def write(self, model: LazyModel, folder: Path) -> tuple[str, ...]:
-        """Fill an empty folder, one tensor in memory at a time; the file that makes it a model comes last.
-
-        Args:
-            model: what `prepare` gave.
-            folder: an empty folder.
-
-        Returns:
-            Notes for the report.
         """
 
     def logits(

@@ -11,3 +11,9 @@ FORMATS: dict[str, str] = {
     "transformers-mtp": "sequential modules beside their base, as transformers and released checkpoints keep them",
 }
 """Name -> what a folder of this format is; `headway.convert.formats` holds the code of each."""
+
+EXPORTS: dict[str, str] = {
+    "gguf": "model.gguf for llama.cpp in the weights' own precision: plain llama and mistral models of bytes",
+    "gguf-q8_0": "the same with matrices rounded to 8 bits",
+}
+"""Name -> what is written; formats that are not read back."""
