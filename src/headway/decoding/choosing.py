@@ -41,6 +41,16 @@ class Emission:
             return len(self.tokens) - 1
         return self.nodes[-1] if self.nodes else 0
 
+    def ending_after(self, count: int) -> Emission:
+        """The first `count` tokens of it, after which the row ends."""
+        return replace(
+            self,
+            tokens=self.tokens[:count],
+            accepted=min(self.accepted, count),
+            finished=True,
+            drafted=None if self.drafted is None else min(self.drafted, count),
+        )
+
 
 class Chooser(Protocol):
     """Decides what the rows of a batch emit."""
@@ -85,8 +95,7 @@ class GreedyChooser:
     ) -> list[Emission | None]:
         """See `Chooser.choose`; a filler that is right by chance is as good as a draft."""
         assert draft_probs is None
-        # transformers decides on float32 scores, so a float64 model must too where the two differ.
-        target_BM = (logits_BMV.float() if logits_BMV.dtype == torch.float64 else logits_BMV).argmax(dim=-1)
+        target_BM = self._targets(logits_BMV, rooms, tree)
         if block_BM.shape[1] == 1:
             return [
                 self._emit(target, 0, room) if room else None
@@ -102,6 +111,11 @@ class GreedyChooser:
             accepted = next((at for at in range(width - 1) if row[at] != row[width + at]), width - 1)
             emissions.append(self._emit(row[:width], accepted, room) if room else None)
         return emissions
+
+    def _targets(self, logits_BMV: Tensor, rooms: Sequence[int], tree: Tree | RowTrees | None) -> Tensor:
+        """The model's own token after every position, int64 [B, M]."""
+        # transformers decides on float32 scores, so a float64 model must too where the two differ.
+        return (logits_BMV.float() if logits_BMV.dtype == torch.float64 else logits_BMV).argmax(dim=-1)
 
     def _choose_in_tree(
         self, targets: list[list[int]], blocks: list[list[int]], rooms: Sequence[int], tree: Tree | RowTrees

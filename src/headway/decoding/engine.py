@@ -56,6 +56,7 @@ from headway.decoding.drafting import (
     LookupDrafter,
     TreeDrafter,
 )
+from headway.decoding.drawing import DrawnChooser, reads_scores_alone
 from headway.decoding.executor import EagerExecutor
 from headway.decoding.forward_costs import ForwardCosts
 from headway.decoding.graphs.loop import GraphLoop
@@ -319,6 +320,14 @@ class Engine:
         chooser: Chooser
         if plain_limits and rule is greedy_match and not logits_processor and recorder is None:
             chooser = GreedyChooser(ends)
+        elif (
+            plain_limits
+            and rule is sample_and_match
+            and seeds is not None
+            and recorder is None
+            and reads_scores_alone(logits_processor)
+        ):
+            chooser = DrawnChooser(ends, processors=logits_processor, seeds=seeds, max_new_tokens=max_new_tokens)
         else:
             chooser = ScoredChooser(
                 history,
