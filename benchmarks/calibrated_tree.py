@@ -146,11 +146,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="text: half of it calibrates, half of it is continued; default: held-out packages",
     )
     parser.add_argument("--output", type=Path, help="also write the JSON document here, after every round")
-    parser.add_argument("--prompts", type=int, default=8, help="pieces of the second half")
+    parser.add_argument("--prompts", type=int, default=16, help="pieces of the second half, some of which may loop")
     parser.add_argument("--prompt-tokens", type=int, default=128, help="of a piece")
     parser.add_argument("--new-tokens", type=int, default=128, help="per prompt")
     parser.add_argument("--repeats", type=int, default=10, help="rounds, at least 2")
-    parser.add_argument("--windows", type=int, default=16, help="pieces of the first half")
+    parser.add_argument("--windows", type=int, default=32, help="pieces of the first half, some of which may loop")
     parser.add_argument("--against", default="continuation", choices=["continuation", "text"], help="see calibrate")
     parser.add_argument("--temperature", type=float, default=0.0, help="at which texts are drawn; 0 for greedy ones")
     parser.add_argument("--executor", default="lean", choices=["eager", "lean"], help="what runs the model")
@@ -165,11 +165,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     except HeadwayError as error:
         parser.error(str(error))
     for row in document["rows"]:
-        expected = row["expected"] or {}
+        expected, told = row["expected"], ""
+        if expected is not None:
+            told = f"; expected x{expected['over_plain']:.3f}, {expected['tokens_per_forward']:.2f} tokens per forward"
         print(
-            f"{row['arm']:26} x{row['over_plain']['median']:.3f} {row['over_plain']['quartiles']} over plain "
-            f"(expected x{expected.get('over_plain', float('nan')):.3f}), {row['tokens_per_forward']:.2f} tokens per forward "
-            f"(expected {expected.get('tokens_per_forward', float('nan')):.2f})",
+            f"{row['arm']:26} x{row['over_plain']['median']:.3f} {row['over_plain']['quartiles']} over plain, "
+            f"{row['tokens_per_forward']:.2f} tokens per forward{told}",
             file=sys.stderr,
         )
     print(json.dumps(document))
@@ -236,9 +237,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "provenance": provenance(),
     }
     seconds: dict[str, list[float]] = {name: [] for name in arms}
+    prompts = list(prompts_WT)
     for repeat in range(arguments.repeats + 1):
         rounds: dict[str, list[tuple[float, list[int], int]]] = {name: [] for name in arms}
-        for number, prompt_T in enumerate(prompts_WT):
+        for number, prompt_T in enumerate(prompts):
             turn = (repeat + number) % len(arms)
             for name in [*arms][turn:] + [*arms][:turn]:
                 found = decode(
@@ -249,18 +251,18 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                     executor=arguments.executor,
                 )
                 rounds[name].append(found)
-        counted = [place for place, (_, tokens, _) in enumerate(rounds["plain"]) if not loops(tokens)]
-        if not counted:
-            raise DecodingError(f"all {len(prompts_WT)} texts loop, so nothing can be said; pass --temperature 0.8")
-        if not repeat:  # warms up
+        if not repeat:  # warms up, and shows which texts loop: every round gives the same ones
+            prompts = [prompt for prompt, (_, text, _) in zip(prompts, rounds["plain"], strict=True) if not loops(text)]
+            if not prompts:
+                raise DecodingError(f"all {len(prompts_WT)} texts loop, so nothing can be said; pass --temperature 0.8")
             continue
         counts, differing = {}, {}
         for name, made in rounds.items():
-            seconds[name].append(sum(made[place][0] for place in counted))
+            seconds[name].append(sum(took for took, _, _ in made))
             # The prefill's token is in no forward.
-            counts[name] = sum(len(made[place][1]) - 1 for place in counted), sum(made[place][2] for place in counted)
+            counts[name] = sum(len(tokens) - 1 for _, tokens, _ in made), sum(steps for _, _, steps in made)
             differing[name] = sum(own[1] != plain[1] for own, plain in zip(made, rounds["plain"], strict=True))
-        document["looping"] = len(prompts_WT) - len(counted)
+        document["looping"] = len(prompts_WT) - len(prompts)
         document["rows"] = summary(arms, seconds, counts, differing, result.plain)
         document["rounds"] = repeat
         if arguments.output:
