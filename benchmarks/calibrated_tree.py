@@ -230,7 +230,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         },
         "calibration": {name: value for name, value in result.calibration.report.items() if name != "provenance"},
         "left_out": {
-            name: "these heads draft chains only, or no candidate but their first was ever right"
+            name: "no candidate of these heads but their first was ever right"
             for name in ARMS
             if name not in arms
         },

@@ -240,16 +240,6 @@ def test_zero_drafts_are_plain_whatever_else_is_asked(options):
     assert result.acceptance.lengths == [[1] * 5]
 
 
-def test_heads_with_caches_of_drafted_tokens_make_no_tree():
-    model = tiny_model(heads="sequential")
-    for options in ({"tree": 6}, {"drafts": "heads+lookup"}):
-        with pytest.raises(
-            DecodingError, match="sequential heads keep keys and values of the tokens they have drafted"
-        ):
-            model.generate(random_tokens(1, 4), max_new_tokens=3, **options)
-    assert model.generate(random_tokens(1, 4), max_new_tokens=3, drafts="lookup").shape == (1, 7)
-
-
 @pytest.mark.parametrize("heads", ["medusa", "linear", "replicated_unembedding"])
 def test_other_parallel_heads_make_trees(heads):
     model = tiny_model(heads=heads, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Drafts of sequential modules that branch: every depth runs over the text's new positions and all open nodes at once.
+"""Drafts of sequential modules that branch: a depth runs over known positions and open nodes at once.
 
 Legend: B rows, W known positions of a pass, X nodes of one level of a tree that go on, N those of all levels below the root
 so far, S = W' + N positions of one call, D width.
