@@ -37,7 +37,8 @@ DRAFT_LENGTH = DraftLength()
 EXECUTOR_FLAG: Callable[[Command], Command] = click.option(
     "--executor",
     type=click.Choice(["eager", "lean"]),
-    help="What runs the model. eager (default): the Hugging Face model; lean: the same weights on fused blocks.",
+    help="What runs the model. eager: the Hugging Face model; lean: the same weights on fused blocks. Default: lean where a C++ "
+    "compiler is found, with which it needs no second copy of the weights; else eager.",
 )
 
 DRAFTING_FLAGS: tuple[Callable[[Command], Command], ...] = (
@@ -101,14 +102,23 @@ def drafting_flags(command: Command) -> Command:
     return command
 
 
+def default_executor() -> str:
+    """What runs a model that is loaded to generate and for nothing else."""
+    from headway.decoding.lean.native import library
+
+    return "eager" if library() is None else "lean"
+
+
 def drafting_arguments(given: dict[str, Any]) -> dict[str, Any]:
-    """The flags that were given, as arguments of `generate`.
+    """The flags that were given, as arguments of `generate`; of flags that name an executor the default one.
 
     Raises:
         ConfigError: a tree that is no number, no JSON and none of these words; a draft vocabulary that is no list of numbers.
         DataError: a file that cannot be read.
     """
     arguments = {name: value for name, value in given.items() if value is not None}
+    if "executor" in given:
+        arguments.setdefault("executor", default_executor())
     if "draft_vocabulary" in arguments:
         arguments["draft_vocabulary"] = _read_ids(arguments["draft_vocabulary"])
     if arguments.get("tree", "calibrated") not in ("calibrated", "dynamic"):

@@ -10,7 +10,7 @@ from headway.cli.console import DTYPES, emit_json
 from headway.cli.drafting import EXECUTOR_FLAG, drafting_arguments
 from headway.cli.generate import EXIT_DIFFERENT, GREEDY, open_session
 from headway.cli.prompt import read_prompt
-from headway.cli.reference_race import EXECUTOR, reference_start
+from headway.cli.reference_race import reference_start
 from headway.errors import ConfigError, DecodingError
 
 
@@ -53,7 +53,7 @@ def race_command(
     """
     if model is None:
         folder, data = reference_start()
-        model, executor = str(folder), executor or EXECUTOR
+        model = str(folder)
     else:
         file = None if prompt is None or not _is_file(prompt) else Path(prompt)
         data = read_prompt(None if file is not None else prompt, file)
