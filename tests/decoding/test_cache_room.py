@@ -57,8 +57,6 @@ def test_without_a_first_size_everything_is_there_at_once():
 @pytest.mark.parametrize("architecture", ["transformer", "sequential", "anticausal"])
 @pytest.mark.parametrize("tree", [None, 6])
 def test_text_and_drafts_do_not_depend_on_when_the_cache_grows(architecture, tree, monkeypatch):
-    if tree and architecture == "sequential":
-        tree = None  # these draft chains only
     model = head_model(architecture, "qwen3-sliding", dtype=torch.float64)
     options = {
         "attention_mask": BATCH.attention_mask,

@@ -26,6 +26,7 @@ DRAFTS: dict[str, dict[str, Any]] = {
     "tree": {"tree": TREE},
     "dynamic": {"tree": "dynamic", "tree_nodes": 3, "tree_width": 4},
     "default": {"tree": 9},
+    "pieces": {"tree": TREE, "prefill_chunk_tokens": 4},
     "copies": {"tree": TREE, "drafts": "heads+lookup"},
     "chain-and-copies": {"drafts": "heads+lookup"},
     "changing": {"tree": TREE, "num_draft_tokens": "auto"},
