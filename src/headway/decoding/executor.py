@@ -6,8 +6,7 @@ Legend: B rows, M positions of a block, D width, V vocabulary, K drafted tokens.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headway.decoding.cache import RaggedCache, attention_windows
-from headway.decoding.draft_places import CachePlaces, ForwardColumns, block_slots, branches, keeps_drafts
+from headway.decoding.draft_places import ForwardColumns, block_slots, branches, keeps_drafts
 from headway.decoding.gaps import REREAD, HeadGaps
-from headway.decoding.levels import FIRST_OFFSET, Levels, SharedLevels, SteppedLevels
+from headway.decoding.head_reader import HeadReader
 from headway.decoding.masks import BlockMasks
 from headway.decoding.prefill import pieces, reads_at_once
 from headway.decoding.prompts import Prompts
@@ -30,14 +29,8 @@ from headway.model.output import OffsetHiddenStates
 FIRST_NEW_TOKENS = 64
 """New tokens per row that the cache has room for before it grows."""
 
-Pick = Callable[[Tensor, int], Tensor]
-"""(logits [B, V], offset) -> the drafted token of each row [B]."""
 
-Nodes = Sequence[int] | Tensor
-"""A column of the last forward for each row; a tensor [B] where the host does not know it."""
-
-
-class EagerExecutor:
+class EagerExecutor(HeadReader):
     """The model as it is, on one batch: prefill once, then block after block.
 
     A block is [last known token, draft]; its keys and values go to slots position .. position + M - 1 of each row.
@@ -76,7 +69,7 @@ class EagerExecutor:
         self._model = model
         self._prompts = prompts
         embedding = model.get_input_embeddings().weight
-        self.device: torch.device = embedding.device
+        self.device = embedding.device
         # The last token of a row is emitted but never fed, so positions end two before prompt + new tokens; beyond it
         # lie only drafts that the limit will cut, whose position does not matter as long as the model has it.
         self._last_position = max(prompts.lengths) + max_new_tokens - 2
@@ -88,7 +81,6 @@ class EagerExecutor:
         self._head_layers: int = model.heads.cache_layers(num_draft_tokens)
         capacity = max(prompts.lengths) + max_new_tokens + width - 1 + most_repeated
         windows = attention_windows(model.config, num_heads=self._head_layers)
-        # Whether drafts may branch though heads keep keys and values of drafted tokens.
         self._by_path = keeps_drafts(model.heads, num_draft_tokens) and branches(tree)
         self._head_window = windows[-1]
         self._columns = ForwardColumns((), ())
@@ -97,7 +89,7 @@ class EagerExecutor:
         self._unwritten: deque[tuple[list[int], Tensor]] = deque(maxlen=most_repeated + 1)
         self._repeats = bool(self._lookback or (self._gaps is not None and self._gaps.reread))
         self._widest = width + most_repeated
-        self._known: DraftPoint | None = None
+        self._known = None
         columns = prompts.ids_BP.shape[1]
         self._in_pieces = self._chunk is not None and columns > self._chunk
         self._pieces = deque(pieces(columns - 1, self._chunk) if self._chunk and self._in_pieces else ())
@@ -110,11 +102,6 @@ class EagerExecutor:
         self._masks = BlockMasks(self._model.config, cache, width=self._widest, dtype=dtype, device=self.device)
         self._positions_BC = torch.arange(cache.capacity, device=self.device).expand(cache.batch, -1)
         self._rows_B = torch.arange(cache.batch, device=self.device)
-
-    @property
-    def drafts_in_turn(self) -> bool:
-        """Whether what a head says depends on the tokens drafted before it (`Heads.autoregressive`)."""
-        return bool(self._model.heads.autoregressive)
 
     def _new_cache(self, windows: Sequence[int | None], *, capacity: int, max_new_tokens: int) -> RaggedCache:
         """A cache for the batch, once it is known to fit."""
@@ -385,119 +372,6 @@ class EagerExecutor:
         if self._gaps is not None:
             self._gaps.select(rows)
 
-    def logits(self, last_hidden_BMD: Tensor) -> Tensor:
-        """Offset-1 logits [B, M, V] of hidden states that the decoder has already normed."""
-        logits: Tensor = self._model.unembed(last_hidden_BMD)
-        return logits
-
-    def draft(self, states: OffsetHiddenStates, accepted: Nodes, *, last_B: Tensor | None = None, count: int) -> Tensor:
-        """The heads' most likely tokens after the last accepted position of each row.
-
-        Args:
-            states: of the last forward.
-            accepted: per row, how many of that forward's drafts stand: the heads are read there.
-            last_B: the token that the model has chosen after them, for heads that draft in turn.
-            count: K wanted.
-
-        Returns:
-            int64 [B, K]; item i is offset i + 2.
-        """
-        if self._model.heads.autoregressive:
-            assert last_B is not None
-            return self._draft_in_turn(states, accepted, last_B, self._pick, count=count)
-        draft_KB: Tensor = self.draft_logits(states, accepted, count=count).argmax(dim=-1)
-        return draft_KB.T
-
-    def draft_logits(self, states: OffsetHiddenStates, nodes: Nodes, *, count: int) -> Tensor:
-        """What heads say at one node of each row whatever was drafted before; not for heads that read drafted tokens.
-
-        Args:
-            states: of the last forward.
-            nodes: per row the column of that forward.
-            count: K wanted.
-
-        Returns:
-            [K, B, V]; item i is offset i + 2. Of heads with a Markov bias without it, and without soft-capping.
-        """
-        future = states.future_hidden[:count]
-        if not isinstance(nodes, Tensor) and len(set(nodes)) == 1:
-            hidden_KBD = torch.stack([head_BMD[:, nodes[0]] for head_BMD in future])
-        else:
-            at_B = torch.as_tensor(nodes, device=self.device)
-            hidden_KBD = torch.stack([head_BMD[self._rows_B, at_B] for head_BMD in future])
-        logits = self._logits_before_bias if self._model.heads.markov is not None else self._model.offset_logits
-        if self._model.heads.unembeddings is not None:
-            per_offset = enumerate(hidden_KBD, start=2)
-            return torch.stack([logits(h_BD, offset=offset) for offset, h_BD in per_offset])
-        logits_KBV: Tensor = logits(hidden_KBD, offset=2)
-        return logits_KBV
-
-    def begin_levels(self, states: OffsetHiddenStates, nodes: Nodes, *, count: int) -> Levels:
-        """Start a draft whose next tokens may depend on those before: the heads' logits, one depth after the other.
-
-        Args:
-            states: of the last forward.
-            nodes: per row the last accepted column of that forward.
-            count: K wanted.
-        """
-        heads = self._model.heads
-        if not heads.reads_tokens:
-            logits_KBV = self.draft_logits(states, nodes, count=count)
-            if heads.markov is None:
-                return SharedLevels(logits_KBV)
-            return SharedLevels(logits_KBV, bias=self._markov_bias, soft_cap=self._soft_cap)
-        assert self._known is not None
-        if self._by_path:
-            assert not isinstance(nodes, Tensor)
-            point = replace(self._known, places=self._places(nodes))
-        else:
-            point = replace(self._known, columns_B=self._known.columns_B + torch.as_tensor(nodes, device=self.device))
-        return SteppedLevels(heads.begin_draft(point), self._stepped_logits)
-
-    def _places(self, nodes: Sequence[int]) -> CachePlaces:
-        """Where a draft that may branch stands after the last forward."""
-        columns_BW, last_B = self._columns.known(nodes, self.device)
-        dtype = self._model.get_input_embeddings().weight.dtype
-        return CachePlaces(columns_BW, last_B, self.cache, self._head_window, dtype, self._columns.starts)
-
-    def draft_picked(
-        self, states: OffsetHiddenStates, accepted: Nodes, *, last_B: Tensor, count: int, pick: Pick
-    ) -> Tensor:
-        """As `draft`, with tokens that the caller picks from each offset's logits, offset after offset."""
-        return self._draft_in_turn(states, accepted, last_B, pick, count=count)
-
-    def _draft_in_turn(
-        self, states: OffsetHiddenStates, accepted: Nodes, last_B: Tensor, pick: Pick, *, count: int
-    ) -> Tensor:
-        """Offset by offset, each told the token before it."""
-        levels = self.begin_levels(states, accepted, count=count)
-        drafts, previous_B = [], last_B
-        for offset in range(FIRST_OFFSET, FIRST_OFFSET + count):
-            previous_B = pick(levels(previous_B[:, None], None)[:, 0], offset)
-            drafts.append(previous_B)
-        return torch.stack(drafts, dim=1)
-
-    def _logits_before_bias(self, hidden: Tensor, *, offset: int) -> Tensor:
-        logits: Tensor = self._model.unembedding(offset)(self._model.before_unembedding(hidden, offset=offset))
-        return logits
-
-    def _markov_bias(self, tokens_BX: Tensor) -> Tensor:
-        bias_BXV: Tensor = self._model.heads.markov(tokens_BX)
-        return bias_BXV
-
-    def _soft_cap(self, logits: Tensor) -> Tensor:
-        capped: Tensor = self._model.family.soft_cap(logits)
-        return capped
-
-    def _stepped_logits(self, hidden_BXD: Tensor, offset: int, tokens_BX: Tensor) -> Tensor:
-        previous = None if self._model.heads.markov is None else tokens_BX
-        logits_BXV: Tensor = self._model.offset_logits(hidden_BXD, offset=offset, previous=previous)
-        return logits_BXV
-
-    def _pick(self, logits_BV: Tensor, offset: int) -> Tensor:
-        """The draft of one offset."""
-        return logits_BV.argmax(dim=-1)
-
     def _run(self, ids: Tensor, mask: Any, position_ids: Tensor, num_offsets: int) -> OffsetHiddenStates:
         states: OffsetHiddenStates = self._model.offset_hidden_states(
             ids,
@@ -509,11 +383,6 @@ class EagerExecutor:
             num_offsets=1 if self._model.heads.reads_tokens else num_offsets,
         )
         return states
-
-    def _remember(self, states: OffsetHiddenStates, tokens_BW: Tensor, columns_B: Tensor) -> None:
-        """Keep the last pass and each row's last token that was known before it, for heads that draft in turn."""
-        if states.head_inputs is not None:
-            self._known = DraftPoint(states.head_inputs, states.future_hidden, tokens_BW, columns_B)
 
     def _gather(self, states: OffsetHiddenStates, columns_BM: Tensor) -> OffsetHiddenStates:
         """Hidden states at given columns of each row."""

@@ -10,14 +10,14 @@ row whose own processor or criterion fails ends alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from headway.decoding.choosing import Emission, GreedyChooser
 from headway.decoding.rows import Row, RowTexts
-from headway.functional.acceptance import ROOT, Draft, Rule, Verdict, Walk, greedy_match
+from headway.decoding.ruled_rows import row_draft, rule_emission
+from headway.functional.acceptance import Draft, Rule, Walk, greedy_match
 from headway.functional.row_trees import RowTrees
 from headway.functional.tree import Tree
 
@@ -57,14 +57,16 @@ class RowChooser:
             shape = Tree.chain(block_BM.shape[1] - 1) if tree is None else tree
             drafts: dict[int, Draft] = {}
             for number, tokens in enumerate(block_BM.tolist()):
-                if not walking[number]:
-                    continue
-                if absent is not None and absent[number]:
-                    tokens = [-1 if node in absent[number] else token for node, token in enumerate(tokens)]
-                probs, room = None if draft_probs is None else draft_probs[number], rooms[number]
-                # As in `ScoredChooser`: how many drawn drafts count depends on the row alone.
-                depth = room if probs is None else room - 1
-                drafts[number] = Draft(shape.of_row(number), tokens, depth, room, rows[number].end_token_ids, probs)
+                if walking[number]:
+                    drafts[number] = row_draft(
+                        shape,
+                        number,
+                        tokens,
+                        room=rooms[number],
+                        end_token_ids=rows[number].end_token_ids,
+                        probs=None if draft_probs is None else draft_probs[number],
+                        absent=frozenset() if absent is None else absent[number],
+                    )
             for number, emission in self._walk(logits_BMV, drafts).items():
                 emissions[number] = emission
         for number, (row, found) in enumerate(zip(rows, emissions, strict=True)):
@@ -84,14 +86,7 @@ class RowChooser:
             row.error = error
             return None
         if count is not None:
-            drafted = None if emission.drafted is None else min(emission.drafted, count)
-            emission = replace(
-                emission,
-                tokens=emission.tokens[:count],
-                accepted=min(emission.accepted, count),
-                finished=True,
-                drafted=drafted,
-            )
+            emission = emission.ending_after(count)
         row.commit(emission.tokens)
         return emission
 
@@ -120,19 +115,9 @@ class RowChooser:
                     target_GV = probs_GV if probs_GV is not None and row.request.sampled else scores_GV
                     wanted[number] = walks[number].send(target_GV[place])
                 except StopIteration as stop:
-                    emissions[number] = _emission(drafts[number], stop.value)
+                    emissions[number] = rule_emission(drafts[number], stop.value)
                     del wanted[number]
                 except Exception as error:
                     row.error = error
                     del wanted[number]
         return emissions
-
-
-def _emission(draft: Draft, verdict: Verdict) -> Emission:
-    nodes = verdict.nodes
-    tokens = [draft.tokens[node] for node in nodes]
-    if verdict.token is not None:
-        tokens.append(verdict.token)
-    # The draft that would have followed the last accepted one was compared with the model's own token.
-    more = verdict.token is not None and bool(draft.children(nodes[-1] if nodes else ROOT))
-    return Emission(tokens, len(nodes), len(tokens) == draft.room, nodes=nodes, drafted=len(nodes) + more)

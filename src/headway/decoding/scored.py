@@ -16,6 +16,7 @@ from torch import Tensor
 
 from headway.decoding.choosing import Emission
 from headway.decoding.history import History
+from headway.decoding.ruled_rows import row_draft, rule_emission
 from headway.functional.acceptance import ROOT, Draft, Rule, Verdict, Walk
 from headway.functional.row_trees import RowTrees
 from headway.functional.sampling import KeyedDraws
@@ -121,15 +122,23 @@ class ScoredChooser:
         for row, room in enumerate(rooms):
             if not room:
                 continue
-            tokens = tokens_BM[row]
-            if absent is not None and absent[row]:
-                tokens = [-1 if node in absent[row] else token for node, token in enumerate(tokens)]
-            probs = None if draft_probs is None else draft_probs[row]
-            # Where drafts were drawn, how many count may depend on this row alone and not on whether others draft more.
-            drafts[row] = Draft(tree.of_row(row), tokens, room if probs is None else room - 1, room, self._ends, probs)
+            drafts[row] = row_draft(
+                tree,
+                row,
+                tokens_BM[row],
+                room=room,
+                end_token_ids=self._ends,
+                probs=None if draft_probs is None else draft_probs[row],
+                absent=frozenset() if absent is None else absent[row],
+            )
         made = [self._history.max_new_tokens - room for room in rooms]
         verdicts = self._verdicts(logits_BMV, drafts, made)
-        return self._emissions(drafts, verdicts, made, rooms)
+        found = {row: rule_emission(drafts[row], verdict) for row, verdict in verdicts.items()}
+        for row, emission in found.items():
+            self._history.put(row, made[row], emission.tokens)
+        ended = self._ended({row: emission.tokens for row, emission in found.items()}, made)
+        found |= {row: found[row].ending_after(count) for row, count in ended.items()}
+        return [found.get(row) for row in range(len(rooms))]
 
     def _verdicts(self, logits_BMV: Tensor, drafts: dict[int, Draft], made: list[int]) -> dict[int, Verdict]:
         walks: dict[int, Walk] = {}
@@ -171,35 +180,6 @@ class ScoredChooser:
                 self._recorder.scores[row] += [seen[row, node][0] for node in after]
                 self._recorder.logits[row] += [seen[row, node][1] for node in after]
         return verdicts
-
-    def _emissions(
-        self, drafts: dict[int, Draft], verdicts: dict[int, Verdict], made: list[int], rooms: Sequence[int]
-    ) -> list[Emission | None]:
-        texts: dict[int, list[int]] = {}
-        for row, verdict in verdicts.items():
-            accepted = [drafts[row].tokens[node] for node in verdict.nodes]
-            texts[row] = accepted if verdict.token is None else [*accepted, verdict.token]
-            self._history.put(row, made[row], texts[row])
-        ended = self._ended(texts, made)
-        emissions: list[Emission | None] = []
-        for row, room in enumerate(rooms):
-            if row not in texts:
-                emissions.append(None)
-                continue
-            nodes, tokens = verdicts[row].nodes, texts[row]
-            # The draft that would have followed the last accepted one was compared with the model's own token.
-            more = verdicts[row].token is not None and bool(drafts[row].children(nodes[-1] if nodes else ROOT))
-            count = ended.get(row, len(tokens))
-            emissions.append(
-                Emission(
-                    tokens[:count],
-                    min(len(nodes), count),
-                    row in ended or count == room,
-                    nodes=nodes,
-                    drafted=min(len(nodes) + more, count),
-                )
-            )
-        return emissions
 
     def _ended(self, texts: dict[int, list[int]], made: list[int]) -> dict[int, int]:
         """Rows that end within their new tokens -> how many of those stand."""

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from headway.decoding.draft_vocabulary import SlicedDrafts
-from headway.decoding.executor import EagerExecutor, Nodes
+from headway.decoding.executor import EagerExecutor
+from headway.decoding.head_reader import Nodes
 from headway.decoding.lean.few_rows import MOST_ROWS
 from headway.decoding.lean.markov import LeanMarkov
 from headway.decoding.lean.model import LeanModel
