@@ -36,7 +36,7 @@ DRAFTS: dict[str, dict[str, Any]] = {
 def chain_alone(model: Any, known: list[int], path: list[int]) -> list[Tensor]:
     """The definition: logits [V] of every offset, drafted as a chain of given tokens after a text that is read anew."""
     prompts = Prompts(torch.tensor([known[:-1]]), [len(known) - 1])
-    run = EagerExecutor(model, prompts, max_new_tokens=8, num_draft_tokens=3)
+    run = EagerExecutor(model, prompts, max_new_tokens=8, num_draft_tokens=model.num_future_tokens - 1)
     said: list[Tensor] = []
 
     def pick(logits_BV: Tensor, offset: int) -> Tensor:
@@ -44,7 +44,7 @@ def chain_alone(model: Any, known: list[int], path: list[int]) -> list[Tensor]:
         return torch.tensor([[*path, 0][offset - 2]])
 
     with decoding_context(model):
-        states = run.prefill(num_offsets=4)
+        states = run.prefill(num_offsets=model.num_future_tokens)
         run.draft_picked(states, [0], last_B=torch.tensor(known[-1:]), count=len(path) + 1, pick=pick)
     return said
 
@@ -73,9 +73,11 @@ def recorded_drafts(patch: pytest.MonkeyPatch) -> list[tuple[list[int], list[tup
     return drafts
 
 
-def compare_with_chains(name: str, family: str, executor: str, options: dict[str, Any]) -> int:
+def compare_with_chains(
+    name: str, family: str, executor: str, options: dict[str, Any], *, num_future_tokens: int = 4
+) -> int:
     """Fails where a node of a draft says anything else than a chain; the number of nodes compared."""
-    model = head_model(name, family, dtype=torch.float64)
+    model = head_model(name, family, dtype=torch.float64, num_future_tokens=num_future_tokens)
     arguments: dict[str, Any] = {"attention_mask": RAGGED.attention_mask, "max_new_tokens": NEW}
     text = model.generate(RAGGED.input_ids, num_draft_tokens=0, **arguments)[:, RAGGED.input_ids.shape[1] :].tolist()
     with pytest.MonkeyPatch.context() as patch:
@@ -118,6 +120,11 @@ def test_every_node_says_what_a_chain_along_its_path_says(drafts):
 )
 def test_so_it_is_for_modules_of_every_kind_and_in_other_families(name, family, executor):
     assert compare_with_chains(name, family, executor, DRAFTS["tree"]) >= 60
+
+
+@pytest.mark.parametrize("drafts", ["default", "chain-and-copies", "dynamic"])
+def test_one_module_alone_repeats_nothing_and_says_the_same(drafts):
+    assert compare_with_chains("sequential", "llama", "eager", DRAFTS[drafts], num_future_tokens=2) >= 8
 
 
 @pytest.mark.parametrize("mistake", ["nodes see their neighbours", "nodes see old entries", "positions one too far"])

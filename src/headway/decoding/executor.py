@@ -199,6 +199,7 @@ class EagerExecutor(HeadReader):
             back = self._lookback if self._gaps is None else self._gaps.begin(positions, num_offsets - 1)
             return self._block_after(back, block_BM, positions, num_offsets=num_offsets)
         states = self._block(block_BM, positions, num_offsets=num_offsets)
+        self._columns = ForwardColumns(list(positions), [0] * len(positions))
         self._remember(states, block_BM, torch.zeros_like(self._rows_B))
         return states
 
@@ -235,7 +236,7 @@ class EagerExecutor(HeadReader):
         if back:
             return self._tree_block_after(back, block_BR, positions, tree, num_offsets=num_offsets)
         states = self._tree_block(block_BR, positions, tree, num_offsets=num_offsets)
-        self._columns = ForwardColumns(positions, [0] * len(positions), tree)
+        self._columns = ForwardColumns(list(positions), [0] * len(positions), tree)
         self._remember(states, block_BR, torch.zeros_like(self._rows_B))
         return states
 
@@ -315,7 +316,7 @@ class EagerExecutor(HeadReader):
             # Written only when they are repeated, so that a forward without drafts costs what plain decoding does.
             self._unwritten.append((list(positions), block_BM))
             states = self._block(block_BM, positions, num_offsets=num_offsets)
-            self._columns = ForwardColumns(positions, [0] * len(positions))
+            self._columns = ForwardColumns(list(positions), [0] * len(positions))
             self._remember(states, block_BM, torch.zeros_like(self._rows_B))
             return states
         self._unwritten.append((list(positions), block_BM))
