@@ -40,8 +40,6 @@ def test_chains_and_trees_of_a_part_give_the_tokens_of_plain_decoding(family, he
 
         monkeypatch.setattr(EagerExecutor, name, recording)
     for tree in (None, [(0,), (1,), (4,), (0, 0), (1, 2)]):
-        if tree is not None and not model.heads.drafts_trees:
-            continue
         result = model.generate(
             RAGGED.input_ids,
             attention_mask=RAGGED.attention_mask,

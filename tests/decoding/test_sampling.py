@@ -356,6 +356,7 @@ PATHS = {
     "heads that draft at once": {"heads": "linear"},
     "a Markov bias": {"heads": "linear", "markov_rank": 4},
     "hydra": {"heads": "hydra"},
+    "sequential modules": {"heads": "sequential"},
 }
 """What the candidates of a node depend on: its depth, the token before, or its whole path."""
 DRAWN_TREES = [
@@ -363,6 +364,7 @@ DRAWN_TREES = [
     ("a Markov bias", "drawn tree", "temperature 1"),
     ("hydra", "drawn tree", "cool, repetition penalty"),
     ("hydra", "block", "temperature 1"),
+    ("sequential modules", "drawn tree", "temperature 1"),
 ]
 
 
@@ -384,7 +386,7 @@ def two_depths(monkeypatch):
 @pytest.mark.usefixtures("two_depths")
 def test_trees_drawn_by_heads_of_every_kind_follow_the_models_law():
     values = [value for case in DRAWN_TREES for value in _p_values_of(*case)]
-    assert len(values) == 8
+    assert len(values) == 10
     assert not _holm(values), sorted(values)[:5]
 
 
