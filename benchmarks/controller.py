@@ -9,8 +9,9 @@ changes from one to the other every 64 tokens, by a logits processor. How often 
 then, acceptance is simulated and called so.
 
 A figure is seconds of plain decoding over seconds of the same tokens with drafts, prefill apart. The arms take turns, every other
-turn in the opposite order. The bound is the lower end of a one-sided 95 % t interval of the mean logarithm. Rows that an earlier
-run with the same settings has left in --output are kept. One JSON document last.
+turn in the opposite order; drafts that are always as long as can be, "off", take part in every fifth turn. The bound is the lower
+end of a one-sided 95 % t interval of the mean logarithm. Rows that an earlier run with the same settings has left in --output are
+kept. One JSON document last.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from headway.model.multi_token_lm import MultiTokenLM
 from headway.provenance import provenance
 
 PROMPT, PART = 64, 64
+OFF_EVERY = 5
 TEXTS = ("predictable", "random", "alternating")
 SHAPE = "10M"
 RIGHT = {
@@ -188,7 +190,8 @@ def measure(case: Case, arms: dict[str, int | str], *, repeats: int) -> dict[str
     per_forward: dict[str, list[float]] = {}
     for repeat in range(repeats + 1):
         texts: dict[str, list[list[int]]] = {}
-        for arm in arms if repeat % 2 else reversed(arms):
+        taking = [arm for arm in arms if arm != "longest" or repeat % OFF_EVERY == 0]
+        for arm in taking if repeat % 2 else reversed(taking):
             took, result = case.decode(arms[arm], seed=repeat)
             texts[arm] = case.new(result)
             # The first turn warms up, and leaves the controller what a process knows after its first request.
@@ -198,7 +201,7 @@ def measure(case: Case, arms: dict[str, int | str], *, repeats: int) -> dict[str
                 if arm == "auto":
                     lengths.update(result.control.lengths[1:])
                     trials += result.control.trials
-        rows = zip(texts["plain"], *(texts[arm] for arm in arms if arm != "plain"), strict=True)
+        rows = zip(texts["plain"], *(texts[arm] for arm in taking if arm != "plain"), strict=True)
         differing += sum(any(own != plain for own in others) for plain, *others in rows)
     row: dict[str, Any] = {
         "batch": len(case.ids),
@@ -208,7 +211,8 @@ def measure(case: Case, arms: dict[str, int | str], *, repeats: int) -> dict[str
         "plain_seconds": round(statistics.median(seconds["plain"]), 4),
     }
     for arm in ("longest", "auto"):
-        ratios = [before / after for before, after in zip(seconds["plain"], seconds[arm], strict=True)]
+        beside = seconds["plain"] if arm == "auto" else seconds["plain"][OFF_EVERY - 1 :: OFF_EVERY]
+        ratios = [before / after for before, after in zip(beside, seconds[arm], strict=True)]
         row[f"{arm}_over_plain"] = {
             "mean": round(statistics.geometric_mean(ratios), 4),
             "lower_bound_95": round(bound(ratios), 4),
@@ -226,9 +230,10 @@ def measure(case: Case, arms: dict[str, int | str], *, repeats: int) -> dict[str
 def fitting_tokens(case: Case, arms: dict[str, int | str], arguments: argparse.Namespace) -> int:
     """New tokens that let the table be done in time: whole parts of both kinds, at least one of each."""
     case.tokens = PART
-    cost = sum(min(case.decode(arm, seed=0)[0] for _ in range(2)) for arm in arms.values()) / PART
+    turns = {arm: 1 + (arguments.repeats // OFF_EVERY if arm == "longest" else arguments.repeats) for arm in arms}
+    cost = sum(turns[arm] * min(case.decode(of, seed=0)[0] for _ in range(2)) for arm, of in arms.items()) / PART
     share = 60 * arguments.minutes / (len(arguments.batches) * len(arguments.texts))
-    parts = int(share / (cost * (arguments.repeats + 1)) / (2 * PART))
+    parts = int(share / cost / (2 * PART))
     return int(2 * PART * max(1, min(parts, arguments.tokens // (2 * PART))))
 
 
@@ -270,13 +275,13 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, default=15.0, help="texts are shortened, to 128 tokens at least, to fit"
     )
-    parser.add_argument("--repeats", type=int, default=30, help="paired turns, at least 2")
+    parser.add_argument("--repeats", type=int, default=30, help="paired turns, at least 10")
     parser.add_argument("--temperature", type=float, default=2.0, help="of random text")
     parser.add_argument("--executor", default="lean", choices=["eager", "lean"], help="what runs the model")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
     arguments = parser.parse_args()
-    if arguments.repeats < 2:
-        parser.error("--repeats needs at least 2, for a spread")
+    if arguments.repeats < 2 * OFF_EVERY:
+        parser.error(f"--repeats needs at least {2 * OFF_EVERY}, for a spread of every arm")
     torch.set_num_threads(arguments.threads)
     simulated = arguments.model is None
     model = (
