@@ -15,6 +15,7 @@ import headway.decoding.engine  # noqa: F401  (registers the engine)
 from headway.decoding.compare import NEAR_TIE_GAP, first_difference, top_two_gap
 from headway.decoding.drafting import TreeDrafter
 from headway.decoding.executor import EagerExecutor
+from headway.decoding.lean.executor import LeanExecutor
 from headway.decoding.loop import DecodingLoop
 from tiny_models import VOCABULARY, random_tokens
 
@@ -90,6 +91,8 @@ def script_drafts(
         return torch.where(spoilt_BK, (draft_BK + 1) % VOCABULARY, draft_BK)
 
     monkeypatch.setattr(EagerExecutor, "draft", draft)
+    # Lean drafts of one call would never ask.
+    monkeypatch.setattr(LeanExecutor, "_at_one_call", lambda *_, **__: False)
 
 
 def script_picks(
@@ -120,6 +123,8 @@ def script_picks(
         return torch.stack([spoilt(offset) for offset in range(2, count + 2)], dim=1)
 
     monkeypatch.setattr(EagerExecutor, "draft", draft)
+    # Lean drafts of one call would never ask.
+    monkeypatch.setattr(LeanExecutor, "_at_one_call", lambda *_, **__: False)
     monkeypatch.setattr(EagerExecutor, "_pick", lambda self, logits_BV, offset: spoilt(offset))
 
 
