@@ -22,7 +22,7 @@ from headway.decoding.lean.markov import LeanMarkov
 from headway.decoding.lean.model import LeanModel
 from headway.decoding.lean.pages import move_to_huge_pages
 from headway.decoding.lean.passes import LeanPass
-from headway.decoding.masks import additive_mask
+from headway.decoding.masks import ChainMasks, additive_mask
 from headway.decoding.prompts import align_prompts
 from headway.errors import DecodingError
 from headway.functional.rotary import signed_sine
@@ -76,6 +76,7 @@ def run_block(
     *,
     window: int | None,
     by_torch: bool = False,
+    by_slots: bool = False,
 ) -> torch.Tensor:
     """A block whose rows begin at different positions."""
     positions = hidden_BMD.shape[1]
@@ -87,7 +88,8 @@ def run_block(
     mask = additive_mask(
         slots_BM, torch.arange(view.start, view.start + view.length), window=window, dtype=hidden_BMD.dtype
     )
-    run = LeanPass((cos[0].contiguous(), signed_sine(sin[0])), slots_BM, {window: mask}, cache)
+    seen = ChainMasks(lambda _: mask) if by_slots else mask
+    run = LeanPass((cos[0].contiguous(), signed_sine(sin[0])), slots_BM, {window: seen}, cache)
     call = layer.by_torch if by_torch else layer
     return call(hidden_BMD, run, cache_index=0)
 
@@ -242,6 +244,23 @@ def steps_of(lean: LeanModel, ids: torch.Tensor) -> torch.Tensor:
 def test_int8_weights_are_refused_without_the_lean_executor():
     with pytest.raises(DecodingError, match="weights='int8' needs executor='lean'"):
         head_model("linear-tap-markov").generate(random_tokens(1, 4), max_new_tokens=2, weights="int8")
+
+
+@pytest.mark.parametrize("window", [None, 3, 6])
+@pytest.mark.parametrize("positions", [1, 4])
+def test_a_chain_that_is_told_by_its_slots_sees_what_its_mask_says(
+    window: int | None, positions: int, instructions: str
+):
+    layer, model = a_layer(torch.float32, window=window)
+    hidden_BMD = torch.randn(3, positions, model.config.hidden_size)
+    starts = [9, 2, 20]
+    with torch.inference_mode():
+        found, expected, by_torch = (
+            run_block(layer, model, hidden_BMD, filled(3, window, torch.float32), starts, window=window, **how)
+            for how in ({"by_slots": True}, {}, {"by_slots": True, "by_torch": True})
+        )
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(found, by_torch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

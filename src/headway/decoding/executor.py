@@ -213,7 +213,11 @@ class EagerExecutor(HeadReader):
         slots_BM = start_B1 + self._positions_BC.narrow(1, 0, width)
         self.cache.begin_ragged(slots_BM, first=low, end=high + width)
         positions_BM = slots_BM.clamp(max=self._last_position)
-        return self._run(block_BM, self._masks.ragged(slots_BM), positions_BM, num_offsets)
+        return self._run(block_BM, self._ragged_mask(slots_BM), positions_BM, num_offsets)
+
+    def _ragged_mask(self, slots_BM: Tensor) -> Any:
+        """What the model takes for a block of chains whose rows stand at different positions."""
+        return self._masks.ragged(slots_BM)
 
     def tree_block(
         self, block_BR: Tensor, positions: Sequence[int], tree: Tree | RowTrees, *, num_offsets: int

@@ -8,6 +8,7 @@ Masks are additive and in the model's dtype: that is what both the "sdpa" and th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -45,6 +46,24 @@ def additive_mask(positions_BM: Tensor, slots_S: Tensor, *, window: int | None, 
         hidden_BMS |= slots_S <= query_BM1 - window
     mask_BMS = torch.zeros(hidden_BMS.shape, dtype=dtype, device=hidden_BMS.device)
     return mask_BMS.masked_fill_(hidden_BMS, torch.finfo(dtype).min)[:, None]
+
+
+class ChainMasks:
+    """Masks of a block of chains whose rows stand anywhere, each made when somebody wants it.
+
+    The lean kernel never does: it knows the slot of every position, which sees that slot and those before it.
+    """
+
+    def __init__(self, build: Callable[[int | None], Tensor]) -> None:
+        """Hold what makes the mask of a window."""
+        self._build = build
+        self._made: dict[int | None, Tensor] = {}
+
+    def of(self, window: int | None) -> Tensor:
+        """[B, 1, M, S], made once."""
+        if window not in self._made:
+            self._made[window] = self._build(window)
+        return self._made[window]
 
 
 def tree_band(tree: Tree, distance: int, *, window: int | None, dtype: torch.dtype) -> Tensor:
@@ -135,13 +154,17 @@ class BlockMasks:
 
     def ragged(self, positions_BM: Tensor) -> Tensor | dict[str, Tensor]:
         """Masks [B, 1, M, S] for a forward whose rows stand at different positions."""
+        return masks_by_layer_type(self._config, self.chains(positions_BM).of)
+
+    def chains(self, positions_BM: Tensor) -> ChainMasks:
+        """The same masks, made when they are wanted; until the next forward begins."""
 
         def build(window: int | None) -> Tensor:
             view = self._cache.views[window]
             slots_S = self._slots_C.narrow(0, view.start, view.length)
             return additive_mask(positions_BM, slots_S, window=window, dtype=self._dtype)
 
-        return masks_by_layer_type(self._config, build)
+        return ChainMasks(build)
 
     def aligned_tree(self, tree: Tree) -> Tensor | dict[str, Tensor]:
         """Masks [1, 1, R, S] for a tree of which every row starts at the cache's position."""

@@ -17,6 +17,7 @@ from headway.decoding.lean.few_rows import MOST_ROWS
 from headway.decoding.lean.markov import LeanMarkov
 from headway.decoding.lean.model import LeanModel
 from headway.decoding.lean.native import has_tiles
+from headway.decoding.masks import ChainMasks
 from headway.model.output import OffsetHiddenStates
 
 MOST_ROWS_AT_ONCE = 32
@@ -58,6 +59,9 @@ class LeanExecutor(EagerExecutor):
                 future_KBMD = self._model.final_norm(future_KBMD)
             self._ahead = states, self._model.unembed(torch.cat((states.last_hidden_BTD[None], future_KBMD)))
         return states
+
+    def _ragged_mask(self, slots_BM: Tensor) -> ChainMasks:
+        return self._masks.chains(slots_BM)
 
     def logits(self, last_hidden_BMD: Tensor) -> Tensor:
         """See `EagerExecutor.logits`."""

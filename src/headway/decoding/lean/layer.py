@@ -147,7 +147,7 @@ class LeanLayer:
         if run.cache is not None:
             keys_BKSd, values_BKSd = run.cache.update(keys_BKSd, values_BKSd, cache_index)
         if run.masks:
-            mixed_BMX = self._attend_to_cache(q_BMHd, keys_BKSd, values_BKSd, run.masks[self.window])
+            mixed_BMX = self._attend_to_cache(q_BMHd, keys_BKSd, values_BKSd, run.mask(self.window))
         else:
             mixed_BMX = self._attend_causally(q_BMHd, keys_BKSd, values_BKSd)
         return self._out(mixed_BMX)

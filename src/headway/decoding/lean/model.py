@@ -28,6 +28,7 @@ from headway.decoding.lean.native import instructions
 from headway.decoding.lean.pages import move_to_huge_pages
 from headway.decoding.lean.passes import LeanPass
 from headway.decoding.lean.stack import LayerStack, serves
+from headway.decoding.masks import ChainMasks
 from headway.functional.rotary import signed_sine
 from headway.heads.base import HeadInputs, LayerCall, Reading
 from headway.heads.call_arguments import select
@@ -55,7 +56,7 @@ class LeanCall(LayerCall):
         hidden_BMD = self.hidden_BTD if hidden_BTD is None else hidden_BTD
         run = self.run
         if getattr(run.cache, "hidden", None):
-            run = replace(run, masks={window: run.cache.hide(index, mask) for window, mask in run.masks.items()})
+            run = replace(run, masks={window: run.cache.hide(index, run.mask(window)) for window in run.masks})
         return self.layers[id(layer)](hidden_BMD, run, cache_index=index)
 
     def moved(self, layer: nn.Module, columns_BX: Tensor, mask_B1XS: Tensor) -> LeanCall:
@@ -289,9 +290,11 @@ class LeanModel:
         rotary = self._rotary(int(cache.capacity) if cache is not None else int(position_ids.max()) + 1)
         return LeanPass(rotary, position_ids, self._masks(attention_mask, positions=input_ids.shape[1]), cache)
 
-    def _masks(self, attention_mask: Any, *, positions: int) -> dict[int | None, Tensor | None]:
+    def _masks(self, attention_mask: Any, *, positions: int) -> dict[int | None, Tensor | ChainMasks | None]:
         if attention_mask is None:
             return {} if positions > 1 else dict.fromkeys(self._windows)
+        if isinstance(attention_mask, ChainMasks):
+            return dict.fromkeys(self._windows, attention_mask)
         if isinstance(attention_mask, dict):
             window = getattr(self.config, "sliding_window", None)
             return {window if kind == "sliding_attention" else None: mask for kind, mask in attention_mask.items()}

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headway.decoding.masks import ChainMasks
+
 
 @dataclass
 class LeanPass:
@@ -19,18 +21,23 @@ class LeanPass:
     Attributes:
         rotary: cos [C, r] as the family's own rotary embedding gives it, and sin likewise, its first half negated.
         position_ids_BM: rows of these tables, [B or 1, M].
-        masks: per attention window an additive mask [B or 1, 1, M, S]; None where every query sees all visible slots. An
-            empty mapping is a causal pass from slot 0.
+        masks: per attention window an additive mask [B or 1, 1, M, S]; `ChainMasks` where every position sees its own slot and
+            those before it; None where every query sees all visible slots. An empty mapping is a causal pass from slot 0.
         cache: of `headway.decoding.cache`; None attends within the pass.
     """
 
     rotary: tuple[Tensor, Tensor]
     position_ids_BM: Tensor
-    masks: dict[int | None, Tensor | None]
+    masks: dict[int | None, Tensor | ChainMasks | None]
     cache: Any
     _places: tuple[Tensor, Tensor] | None = field(default=None, init=False)
     # No cached_property: before Python 3.12 it takes a lock, which torch.compile cannot trace.
     _cos_sin: tuple[Tensor, Tensor] | None = field(default=None, init=False)
+
+    def mask(self, window: int | None) -> Tensor | None:
+        """[B or 1, 1, M, S] of a window, made where it was not yet; None where nothing is hidden."""
+        mask = self.masks[window]
+        return mask.of(window) if isinstance(mask, ChainMasks) else mask
 
     @property
     def cos_sin(self) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ from headway.decoding.lean.few_rows import MatrixFields
 from headway.decoding.lean.integers import IntegerWeight, Quantizer
 from headway.decoding.lean.native import library
 from headway.decoding.lean.passes import LeanPass
+from headway.decoding.masks import ChainMasks
 
 MOST_ROWS = 32
 """B x M up to which the kernel runs the layers; beyond it, large matrix products pay."""
@@ -38,7 +39,10 @@ class _Layer(ctypes.Structure):
 class _View(ctypes.Structure):
     _fields_ = [
         ("mask", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("mask_batch_stride", "mask_row_stride", "start", "length")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("mask_batch_stride", "mask_row_stride", "start", "length", "chain", "window")
+        ),
     ]
 
 
@@ -203,11 +207,12 @@ class LayerStack:
         addresses = [pointer for layer in stored for pointer in (layer.keys.data_ptr(), layer.values.data_ptr())]
         stores = (ctypes.c_void_p * len(addresses))(*addresses)
         call.batch_stride, call.head_stride = stored[0].keys.stride()[:2]
-        masks = [None if (mask := run.masks[window]) is None else _dense(mask) for window in self._windows]
+        masks = [_dense(mask) if isinstance(mask := run.masks[window], Tensor) else None for window in self._windows]
         views = (_View * len(masks))()
         for view, window, mask_B1MS in zip(views, self._windows, masks, strict=True):
             seen = run.cache.views[window]
             view.start, view.length = seen.start, seen.length
+            view.chain, view.window = isinstance(run.masks[window], ChainMasks), window or 0
             if mask_B1MS is not None:
                 view.mask, view.mask_row_stride = mask_B1MS.data_ptr(), mask_B1MS.stride(2)
                 view.mask_batch_stride = mask_B1MS.stride(0) if mask_B1MS.shape[0] > 1 else 0

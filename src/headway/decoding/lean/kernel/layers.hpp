@@ -34,6 +34,8 @@ struct View {
     const void* mask;  // additive [B, M, S], 0 or negative; null where all positions see all visible slots
     int64_t mask_batch_stride, mask_row_stride;
     int64_t start, length;
+    int64_t chain;   // 1: a position sees its own slot and those before it, `window` of them at most (0: all)
+    int64_t window;
 };
 
 struct Pass {
@@ -248,6 +250,11 @@ void attend(const Pass& pass, const Layer& layer, const Store& stored, int64_t b
             float* line = scores + q * count;
             std::fill(line, line + (view.start - begin), nothing);
             std::fill(line + (end - begin), line + count, nothing);
+            if (view.chain) {
+                const int64_t last = pass.slots[b * M + m], first = view.window ? last + 1 - view.window : 0;
+                if (first > begin) std::fill(line, line + std::min(first - begin, count), nothing);
+                std::fill(line + (last + 1 - begin), line + count, nothing);
+            }
             if (view.mask) {
                 const Number* mask =
                     static_cast<const Number*>(view.mask) + b * view.mask_batch_stride + m * view.mask_row_stride;
