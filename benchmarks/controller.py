@@ -28,6 +28,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +294,9 @@ def main() -> None:
     arms: dict[str, int | str] = {"plain": 0, "longest": longest, "auto": "auto"}
     setting = {
         "model": f"random weights, {SHAPE}" if simulated else arguments.model.name,
+        "weights_sha256": None
+        if simulated
+        else sha256((arguments.model / "model.safetensors").read_bytes()).hexdigest(),
         "drafts": "scripted: acceptance is simulated, costs are real" if simulated else "the model's own",
         "drafted_tokens": longest,
         "dtype": "float32",
