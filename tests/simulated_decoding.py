@@ -87,6 +87,7 @@ def simulate(
     noise: float = 0.06,
     hiccups: float = 0.01,
     drift: float = 0.1,
+    parting: float = 0.0,
 ) -> tuple[float, DraftController]:
     """Decode until every row has its tokens; returns how many plain forwards that took by true costs, and the controller.
 
@@ -104,15 +105,16 @@ def simulate(
         noise: standard deviation of the logarithm.
         hiccups: share of forwards.
         drift: largest change of speed.
+        parting: what every forward costs more once rows stand at different positions.
     """
     rng = random.Random(seed)
     clock = [0.0]
     controller = DraftController(LONGEST, clock=lambda: clock[0], experience=experience, trials=trials)
     made = [0] * machine.rows
-    verified, rested, trial = 0, False, None
+    verified, rested, trial, parted = 0, False, None, False
     phase, spent, forward = rng.uniform(0, 2 * math.pi), 0.0, 0
     while min(made) < tokens:
-        length = controller.begin() if fixed is None else fixed
+        length = controller.begin(tokens - min(made)) if fixed is None else fixed
         prepared = length or (controller.trial if fixed is None else 0)
         steps = []
         for row, before in enumerate(made):
@@ -133,7 +135,7 @@ def simulate(
             controller.compared(depth, len(found), len(still), over=over)
             trial = None if over or length else (depth + 1, still, deepest)
         if forward:
-            cost = machine.cost(verified, prepared, rested=rested)
+            cost = machine.cost(verified, prepared, rested=rested) + parting * parted
             spent += cost
             speed = 1 + drift * math.sin(phase + forward / 150)
             clock[0] += cost * speed * rng.lognormvariate(0, noise) * (4 if rng.random() < hiccups else 1)
@@ -142,7 +144,8 @@ def simulate(
                 trial = (1, [row for row, count in enumerate(made) if count < tokens], controller.trial)
             lag = sum(live) / len(live) - min(live) if live else 0.0
             measured = forward > 0 and bool(live)
-            controller.end(steps, verified=verified, prepared=prepared, measured=measured, lag=lag)
+            parted = len(set(made)) > 1
+            controller.end(steps, verified=verified, prepared=prepared, measured=measured, lag=lag, parted=parted)
         rested, verified, forward = prepared == 0, length, forward + 1
     return spent, controller
 

@@ -9,7 +9,7 @@ import statistics
 import pytest
 
 from headway.decoding.controller import ALLOWED_AT_ONCE, ALLOWED_SHARE, DraftController, Experience, RowStep
-from headway.decoding.forward_costs import PLAIN, ForwardCosts
+from headway.decoding.forward_costs import PARTED, PLAIN, ForwardCosts
 from simulated_decoding import LONGEST, MACHINES, TEXTS, experience_of, ratio_to_plain, simulate
 
 
@@ -245,6 +245,38 @@ def test_a_wrong_beginning_is_corrected_in_both_directions(wrong):
     assert pooled(ratios[6:]) > 0.98
     known.costs.add(PLAIN, 1.0)
     assert known.costs.relative(3, 3) == pytest.approx(machine.cost(3, 3, rested=False), rel=0.3)
+
+
+@pytest.mark.parametrize("text", ["alternating", "random", "poor"])
+def test_rows_are_not_parted_where_that_is_known_to_cost_more_than_may_be_lost(text):
+    """Processors that read the text are called once per length of a row."""
+    ratios = {True: [], False: []}
+    for process in range(2):
+        known = experience_of(MACHINES["batch 4"])
+        for seed in range(8):
+            ratio = ratio_to_plain(
+                MACHINES["batch 4"], TEXTS[text], 256, seed=50 * process + seed, experience=known, parting=0.1
+            )
+            ratios[seed > 1].append(ratio)
+    assert pooled(ratios[False]) > 0.9
+    assert pooled(ratios[True]) > 0.98
+
+
+def test_a_surcharge_of_parted_rows_is_charged_for_all_that_is_left():
+    costs = costs_of(((1, 1), 1.1), (PLAIN, 1.0), (PARTED, 1.2), forwards=16)
+    clock = [0.0]
+
+    def first_length(remaining):
+        known = Experience(costs, tried=[20.0] * LONGEST, right=[19.0] * LONGEST)
+        return DraftController(LONGEST, clock=lambda: clock[0], experience=known).begin(remaining)
+
+    assert costs.parted == pytest.approx(1.2, rel=0.03)
+    assert first_length(1) > 0
+    assert first_length(500) == 0
+
+
+def test_a_surcharge_within_what_measurements_are_good_for_is_none():
+    assert costs_of((PLAIN, 1.0), (PARTED, 1.04), forwards=16).parted == 1.0
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ RAGGED = ragged_batch([3, 11, 7, 1], "lrrl")
 def script_lengths(monkeypatch, choose):
     """Let `choose(number of the forward, K)` decide instead of costs and acceptance."""
 
-    def begin(self):
+    def begin(self, remaining=0):
         self.length = choose(len(self.lengths), self.longest) if self.lengths else self.longest
         self.lengths.append(self.length)
         return self.length
@@ -307,7 +307,7 @@ def _always_trying(monkeypatch, every):
     """Drafts are never verified, and tried again and again."""
     heard = []
 
-    def begin(self):
+    def begin(self, remaining=0):
         self.trial = self.longest if len(self.lengths) % every == 0 else 0
         self.lengths.append(0)
         return 0

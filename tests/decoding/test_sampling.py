@@ -414,7 +414,7 @@ def test_this_test_would_notice_draft_probabilities_of_another_path(case, monkey
 def _lengths_from_the_past(monkeypatch):
     """Adversarial but allowed: how long a draft is depends on which tokens the forwards before gave."""
 
-    def begin(self):
+    def begin(self, remaining=0):
         self.length = getattr(self, "wanted", self.longest)
         self.lengths.append(self.length)
         return self.length

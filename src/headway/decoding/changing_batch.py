@@ -103,6 +103,10 @@ class ChangingBatch(DecodingLoop):
         # Rows begin and end at different times, and nobody waits for the last one.
         return 0.0
 
+    def _parted(self) -> bool:
+        # Newcomers stand elsewhere, drafts or not.
+        return False
+
     def _commit(self, emissions: list[Emission | None], block: Block) -> None:
         super()._commit(emissions, block)
         for number, row in enumerate(self.members):

@@ -40,7 +40,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from headway.decoding.forward_costs import ForwardCosts, Kind
+from headway.decoding.forward_costs import PARTED, PLAIN, ForwardCosts, Kind
 
 EVIDENCE, LEAST_MEMORY = 12, 0.6
 """Observations that the running acceptance rests on: of one row half is gone after eight forwards, of many rows sooner."""
@@ -209,6 +209,7 @@ class DraftController:
         self._drafted_tokens = 0.0
         self._plain_forwards = 0
         self._lag = 0.0
+        self._parted, self._remaining = False, 0
         # What it is doing.
         self._verifying = 0
         self._resting = True
@@ -225,11 +226,15 @@ class DraftController:
 
     # -------------------------------------------------------------------------------------------------- the caller's side
 
-    def begin(self) -> int:
+    def begin(self, remaining: int = 0) -> int:
         """A forward begins; returns the length of the draft that will follow it and be verified.
 
         Where that is 0 and `trial` is not, a draft of `trial` tokens is to be made and compared with the text.
+
+        Args:
+            remaining: tokens that a row can still get, for all of which rows that part now will stay so.
         """
+        self._remaining = remaining
         self._began = self._clock()
         self.trial = 0
         # Most forwards of a rest need no thought.
@@ -245,6 +250,7 @@ class DraftController:
         prepared: int,
         measured: bool = True,
         lag: float | None = None,
+        parted: bool = False,
     ) -> None:
         """The forward and the draft after it are done.
 
@@ -254,7 +260,9 @@ class DraftController:
             prepared: drafted tokens that were made after it, to be verified or for a trial.
             measured: False for a prefill, whose time and tokens tell nothing, and at the end of a text.
             lag: tokens by which the row that is furthest behind is behind the mean of the rows; None where that is as before.
+            parted: whether rows that began at one position stand at different ones from now on.
         """
+        was_parted, self._parted = self._parted, parted
         self._verifying = 0 if self.trial else prepared
         if verified:
             self._learn(rows, verified)
@@ -263,12 +271,16 @@ class DraftController:
         if not measured:
             return
         # A coarse clock may stand still, and costs divide by seconds.
-        self._costs.add((verified, prepared), max(self._clock() - self._began, 1e-9))
+        kind = PARTED if was_parted and not verified and not prepared else (verified, prepared)
+        self._costs.add(kind, max(self._clock() - self._began, 1e-9))
         self._idle += 1
-        if not verified and not prepared:
+        if kind == PLAIN:
             self._plain_forwards += 1
             return
-        self._kinds[verified, prepared] += 1
+        self._kinds[kind] += 1
+        if kind == PARTED:
+            self._drafted_tokens += 1
+            return
         self._drafted_tokens += sum(row.tokens for row in rows) / max(1, len(rows))
         self._lag = self._lag if lag is None else lag
         self._since_check += 1
@@ -378,6 +390,9 @@ class DraftController:
     def _best(self, worth: float) -> int:
         """The length to draft now, 0 for none."""
         speeds = self.speeds()
+        if self._parted:
+            # What they compete with.
+            worth /= self._costs.parted
         # Costs beyond what was measured are a guess, so lengths grow step by step.
         most = min(self.longest, 2 * self._costs.longest_known + 1)
         lengths = [length for length in range(1, most + 1) if speeds[length] >= worth]
@@ -393,9 +408,13 @@ class DraftController:
         return best
 
     def _worst(self, length: int) -> float:
-        """Plain forwards lost where the draft on its way and the next one are wrong from their first token on."""
+        """Plain forwards lost where the draft on its way and the next one are wrong from their first token on.
+
+        Rows that part by a draft do not meet again, so what that costs is lost for all that follows.
+        """
         relative = self._costs.relative
-        return relative(self._verifying, length) - 1 + relative(length, 0) - 1
+        parting = 0.0 if self._parted else (self._costs.parted - 1) * self._remaining
+        return relative(self._verifying, length) - 1 + relative(length, 0) - 1 + parting
 
     def _rest(self, *, failed: bool) -> None:
         """Drafting does not pay, or cannot be paid for."""

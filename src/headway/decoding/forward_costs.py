@@ -42,6 +42,9 @@ LATER_COST_SHARE = 0.02
 FRESH, FRESH_COST_SHARE = 8, 0.12
 """So many forwards after plain ones the pace is known, and what differs is the cost's."""
 
+FRESH_PARTED = 24
+"""The same for plain forwards of rows that have parted meanwhile."""
+
 LARGEST_DIFFERENCE = math.log(2)
 """Beyond that a difference is not counted further."""
 
@@ -60,6 +63,12 @@ Kind = tuple[int, int]
 """Drafted tokens that a forward verifies, drafted tokens after it."""
 
 PLAIN: Kind = (0, 0)
+
+CERTAINLY_MORE = 1.05
+"""What costs less than so many plain forwards may as well be one: measurements are not better than that."""
+
+PARTED: Kind = (0, -1)
+"""Plain decoding of rows that stood together before there were drafts and now stand at different positions."""
 
 
 @dataclass
@@ -88,7 +97,7 @@ class ForwardCosts:
         self._pace = math.nan
         self._recent: deque[float] = deque(maxlen=3)
         self._forwards = 0
-        self._plain_settled = -FRESH
+        self._plain_settled, self._together_at = -FRESH, -FRESH_PARTED
         self._since_begin = self._since_change = 0
         self._steady_costs: list[tuple[int, float]] | None = None
         self._last: Kind | None = None
@@ -107,7 +116,16 @@ class ForwardCosts:
     @property
     def plain_age(self) -> int:
         """Forwards since a plain one was measured."""
-        return self._forwards - self.kinds[PLAIN].measured_at
+        return self._forwards - max(self.kinds[kind].measured_at for kind in (PLAIN, PARTED) if kind in self.kinds)
+
+    @property
+    def parted(self) -> float:
+        """Plain forwards that one of rows that have parted costs; 1 where that was not measured or is not certainly more."""
+        known = self.kinds.get(PARTED)
+        if known is None or known.count < TRUSTED or self._forgotten(PARTED):
+            return 1.0
+        cost = math.exp(known.log_cost)
+        return cost if cost >= CERTAINLY_MORE else 1.0
 
     def add(self, kind: Kind, seconds: float) -> None:
         """A forward took so long."""
@@ -127,8 +145,25 @@ class ForwardCosts:
         self._since_change += 1
         self._last = kind
         known.measured_at = self._forwards
+        if kind == PARTED:
+            self._learn_parted(known, math.log(seconds))
+            return
         known.count += 1
         self._learn(kind, known, math.log(seconds))
+
+    def _learn_parted(self, known: KindCost, log_seconds: float) -> None:
+        """Soon after rows stood together the pace is known, and the difference is what parting costs; later it is the pace."""
+        difference = log_seconds - self._pace - known.log_cost
+        difference = max(-LARGEST_DIFFERENCE, min(LARGEST_DIFFERENCE, difference))
+        if self._forwards - self._together_at <= FRESH_PARTED:
+            known.count += 1
+            known.log_cost += max(FRESH_COST_SHARE, 1 / (known.count + 1)) * difference
+            return
+        self._recent.append(difference)
+        if len(self._recent) > 1:
+            share = FIRST_PACE_SHARE if self._since_change <= FIRST_FORWARDS else PACE_SHARE
+            self._pace += share * sorted(self._recent)[(len(self._recent) - 1) // 2]
+            self._plain_settled = self._forwards
 
     def _learn(self, kind: Kind, known: KindCost, log_seconds: float) -> None:
         if math.isnan(self._pace):
@@ -148,7 +183,7 @@ class ForwardCosts:
             least = FRESH_COST_SHARE if fresh else LATER_COST_SHARE
             known.log_cost += max(least, 1 / known.count if known.count <= TRUSTED else 0.0) * difference
         elif self._since_change > 1:
-            self._plain_settled = self._forwards
+            self._plain_settled = self._together_at = self._forwards
         self._recent.append(difference)
         if len(self._recent) > 1 and not fresh:
             # Of two the smaller one, since hiccups only make forwards longer.
@@ -163,6 +198,8 @@ class ForwardCosts:
 
     def relative(self, verified: int, prepared: int) -> float:
         """Plain forwards that a forward costs."""
+        if (verified, prepared) == PARTED:
+            return self.parted
         if verified == prepared:
             return self._steady(verified)
         if verified and prepared:

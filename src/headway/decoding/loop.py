@@ -78,6 +78,7 @@ class DecodingLoop:
         self._limits = [self.max_new_tokens] * self.prompts.batch
         self._rooms = list(self._limits)
         self._positions = [length - 1 for length in self.prompts.lengths]
+        self._began_together = len(set(self._positions)) == 1
         self._block: Block | None = None
         self._trial: tuple[DraftController, Trial] | None = None
         self._streamed_forwards = 0
@@ -110,7 +111,7 @@ class DecodingLoop:
         """
         # Decided before anything of this forward is known: its tokens follow the model's law whatever the length.
         controller = self.controller
-        longest = self.num_draft_tokens if controller is None else controller.begin()
+        longest = self.num_draft_tokens if controller is None else controller.begin(max(self._rooms))
         trial = 0 if controller is None or longest else controller.trial
         longest = longest or trial
         num_offsets = self._num_offsets(longest)
@@ -195,7 +196,12 @@ class DecodingLoop:
             prepared=prepared,
             measured=not first and not self.finished,
             lag=self._lag() if verified else None,
+            parted=self._parted(),
         )
+
+    def _parted(self) -> bool:
+        """Whether rows that began at one position stand at different ones, ended rows included, which keep their place."""
+        return self._began_together and len(set(self._positions)) > 1
 
     def _lag(self) -> float:
         """Tokens by which the row that is furthest behind is behind the mean: it decides when the batch is done."""
