@@ -390,9 +390,6 @@ class DraftController:
     def _best(self, worth: float) -> int:
         """The length to draft now, 0 for none."""
         speeds = self.speeds()
-        if self._parted:
-            # What they compete with.
-            worth /= self._costs.parted
         # Costs beyond what was measured are a guess, so lengths grow step by step.
         most = min(self.longest, 2 * self._costs.longest_known + 1)
         lengths = [length for length in range(1, most + 1) if speeds[length] >= worth]
