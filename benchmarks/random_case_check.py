@@ -100,7 +100,7 @@ class AnyLength:
     def __init__(self, longest: int, rng: random.Random) -> None:
         self._longest, self._rng = longest, rng
 
-    def begin(self) -> int:
+    def begin(self, remaining: int = 0) -> int:
         """See `headway.decoding.controller.DraftController`."""
         return self._rng.choice([0, 0, self._longest, self._rng.randint(0, self._longest)])
 

@@ -69,7 +69,7 @@ def test_cases_are_functions_of_their_number_and_cover_every_dimension():
 def test_the_record_counts_failures_and_near_ties(monkeypatch: pytest.MonkeyPatch):
     from random_cases import summary
 
-    monkeypatch.setattr(choosing, "accept_greedy_chain", one_draft_too_many)
+    monkeypatch.setattr(choosing, "right_drafts", one_draft_too_many)
     lines = [run_case(number) for number in cases_where(lambda case: case.kind == "greedy" and is_chain(case), 8)]
     found = summary(lines, seed=SEED, models=MODELS)
     assert found["failed"] == sum(bool(line["wrong"]) for line in lines) > 0
@@ -103,12 +103,12 @@ def cases_where(condition: Any, count: int) -> list[int]:
     return list(itertools.islice(found, count))
 
 
-accept_greedy_chain = choosing.accept_greedy_chain
+right_drafts = choosing.right_drafts
 
 
-def one_draft_too_many(draft_BK, target_BM):
+def one_draft_too_many(drafts, target):
     """Mistake: off by one."""
-    return (accept_greedy_chain(draft_BK, target_BM) + 1).clamp(max=draft_BK.shape[1])
+    return min(right_drafts(drafts, target) + 1, len(drafts))
 
 
 def last_draft_too_far(patch):
@@ -227,7 +227,7 @@ def piece_is_lost(patch):
 
 MISTAKES = {
     "one draft too many": (
-        lambda patch: patch.setattr(choosing, "accept_greedy_chain", one_draft_too_many),
+        lambda patch: patch.setattr(choosing, "right_drafts", one_draft_too_many),
         lambda case: is_chain(case) and case.kind == "greedy",
     ),
     "last draft stands too far": (last_draft_too_far, lambda case: is_chain(case) and case.spoilt is not None),
