@@ -230,9 +230,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         },
         "calibration": {name: value for name, value in result.calibration.report.items() if name != "provenance"},
         "left_out": {
-            name: "no candidate of these heads but their first was ever right"
-            for name in ARMS
-            if name not in arms
+            name: "no candidate of these heads but their first was ever right" for name in ARMS if name not in arms
         },
         "provenance": provenance(),
     }

@@ -50,8 +50,8 @@ class Tree:
         parents: per node the number of its parent; -1 for the root.
         ranks: per node which of its head's candidates it takes, 0 for the most likely; -1 for the root and for nodes
             whose tokens come from elsewhere (a copied text). Where heads draft at once, all nodes of a depth choose among
-            the same candidates; where they draft in turn (a Markov bias, Hydra, sequential modules), a node's candidates are those of its
-            head after the tokens of the node's own path, so the same rank is another token on another path.
+            the same candidates; where they draft in turn (a Markov bias, Hydra, sequential modules), a node's candidates are
+            those of its head after the tokens of the node's own path, so the same rank is another token on another path.
     """
 
     parents: tuple[int, ...]
