@@ -318,7 +318,8 @@ def main() -> None:
         ids = prompts(text, batch, vocabulary=model.config.vocab_size, simulated=simulated)
         case = Case(model, text, ids, PART, arguments.executor, arguments.temperature, simulated)
         case.tokens = fitting_tokens(case, arms, arguments)
-        document["rows"].append(measure(case, arms, repeats=arguments.repeats))
+        row = measure(case, arms, repeats=arguments.repeats)
+        document["rows"].append(row | {"commit": document["provenance"]["commit"]})
         if arguments.output:
             arguments.output.write_text(json.dumps(document, indent=2) + "\n")
     if arguments.plot:
