@@ -227,6 +227,9 @@ def _processors(rng: random.Random, spec: ModelSpec, limit: int, *, with_end: bo
     names = rng.sample(sorted(known), rng.choice([1, 1, 2, 3]))
     if "no_repeat_ngram_size" in names and "prefix_allowed_tokens_fn" in names:
         names.remove("no_repeat_ngram_size")  # together they may leave no token at all
+    forced = "forced_eos_token_id" in names and "suppress_tokens" in names
+    if forced and known["forced_eos_token_id"] in known["suppress_tokens"]:
+        names.remove("suppress_tokens")  # transformers refuses to force what is suppressed
     return {name: known[name] for name in names}
 
 
