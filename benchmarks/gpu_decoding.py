@@ -413,7 +413,7 @@ def right_drafts(truth_BN: Tensor, *, share: float = 0.7) -> Iterator[None]:
         own_BK[: len(scripted_BN)] = scripted_BN.gather(1, places_BK.clamp(max=scripted_BN.shape[1] - 1))
         return own_BK
 
-    EagerExecutor.draft = draft  # type: ignore[method-assign]
+    EagerExecutor.draft = draft  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -166,7 +166,7 @@ def cache_bytes(cache: RaggedCache) -> int:
 def holds(row: dict[str, Any]) -> bool:
     """Whether an arm's memory did what was promised."""
     grown = row["bytes_per_token_beyond_the_cache"] <= MOST_BEYOND_CACHE
-    return grown and row["cache_bytes_at_the_end"] == row["cache_bytes_foreseen"]
+    return bool(grown and row["cache_bytes_at_the_end"] == row["cache_bytes_foreseen"])
 
 
 def main() -> None:
